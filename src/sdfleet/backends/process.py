@@ -1,0 +1,163 @@
+"""One life of an engine's process: its pipes, its last words, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+from asyncio.subprocess import PIPE, SubprocessStreamProtocol
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from sdfleet.engine import wire
+from sdfleet.errors import SdfleetError
+
+log = logging.getLogger(__name__)
+
+N_KEPT_LINES = 50
+MAX_LINE_CHARS = 2000
+# Buffer of one pipe before the process has to wait for us; a 1024x1024 picture is 3 MiB.
+PIPE_BUFFER_BYTES = 2**20
+# A process that closed its pipes has nothing left to do but end.
+EXIT_DEADLINE_S = 5.0
+# Its last lines are in the pipe when it is gone; a process that it had started may hold the pipe open for ever.
+LAST_LINES_DEADLINE_S = 0.5
+
+
+class EngineProcess:
+    """A running child that speaks `engine/wire.py`, made by `start`.
+
+    why, fault: set by the owner when the talk went wrong, for `ending`. is_ready: the child said Ready.
+    last_lines: the newest lines of its stderr.
+    """
+
+    def __init__(self, transport: asyncio.SubprocessTransport, pipes: _Pipes) -> None:
+        self._transport = transport
+        self._exited = pipes.exited
+        # Never None: `start` asks for all three pipes.
+        self._stdin = cast("asyncio.StreamWriter", pipes.stdin)
+        self._stdout = cast("asyncio.StreamReader", pipes.stdout)
+        self._stderr = cast("asyncio.StreamReader", pipes.stderr)
+        self.pid = transport.get_pid()
+        self.is_ready = False
+        self.why = ""
+        self.fault: SdfleetError | None = None
+        self.last_lines: deque[str] = deque(maxlen=N_KEPT_LINES)
+
+    @classmethod
+    async def start(cls, command: Sequence[str], *, env: Mapping[str, str] | None) -> EngineProcess:
+        """Start the program. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        transport, pipes = await loop.subprocess_exec(
+            lambda: _Pipes(limit=PIPE_BUFFER_BYTES, loop=loop), *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env
+        )
+        return cls(transport, pipes)
+
+    def send(self, command: wire.Command) -> None:
+        """Hand over without waiting: the child's reader always reads. Raises BrokenMessage for what has no frame."""
+        parts = wire.encode(command)
+        if not self._stdin.is_closing():
+            for part in parts:
+                self._stdin.write(part)
+
+    def say_close(self) -> None:
+        """Ask the child to end in its own time; nothing can be sent after this."""
+        self.send(wire.Close())
+        self._stdin.close()
+
+    async def receive(self) -> wire.Report | None:
+        """The next report; None when the child has closed its end. Raises as `wire.read_report`."""
+        return await wire.read_report(self._stdout)
+
+    async def keep_stderr(self) -> None:
+        """Read stderr to its end, so that the child never waits for us; lines are logged and the newest kept."""
+        rest = ""
+        while part := await self._stderr.read(2**16):
+            *lines, rest = re.split(r"[\r\n]+", rest + part.decode(errors="replace"))
+            rest = rest[-MAX_LINE_CHARS:]
+            self._keep(lines)
+        self._keep([rest])
+
+    def terminate(self) -> None:
+        """Ask the process to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process now."""
+        self._signal(signal.SIGKILL)
+
+    async def end(self, stderr: asyncio.Task[None]) -> None:
+        """Wait until the process is gone, killing it if it stays; `stderr` is the task of `keep_stderr`."""
+        try:
+            async with asyncio.timeout(EXIT_DEADLINE_S):
+                await self._exited.wait()
+        except TimeoutError:
+            self.why = self.why or "closed its pipes and stayed"
+            self.kill()
+            await self._exited.wait()
+        finally:
+            self.kill()
+            await asyncio.wait({stderr}, timeout=LAST_LINES_DEADLINE_S)
+            stderr.cancel()
+            self._transport.close()
+
+    def ending(self) -> str:
+        """How it ended, as the end of a sentence that begins with `the engine's process`."""
+        code = self._transport.get_returncode()
+        if self.why:
+            how = f"{self.why} and was ended"
+        elif code is None:
+            how = "was lost"
+        else:
+            how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return f"{how} ({self.fault.message})" if self.fault is not None else how
+
+    def advice(self) -> str:
+        """What to do about the ending."""
+        code = self._transport.get_returncode()
+        if code == -9 and not self.why:
+            return (
+                "SIGKILL is what a system out of memory sends: try a smaller picture, fewer pictures at once or "
+                "memory_mode='eco', or close other programs"
+            )
+        said = " / ".join(line[:200] for line in list(self.last_lines)[-3:])
+        return f"its last words: {said}" if said else "`sdfleet doctor` shows what is installed; the log has more"
+
+    def _keep(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if line.strip():
+                self.last_lines.append(line.rstrip()[:MAX_LINE_CHARS])
+                # Libraries quote prompts in their warnings, so this stays at DEBUG.
+                log.debug("engine wrote to stderr", extra={"pid": self.pid, "line": line.rstrip()[:MAX_LINE_CHARS]})
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not the transport's `send_signal`: that polls, and may take the exit code from asyncio's own watcher.
+        if not self._exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class _Pipes(SubprocessStreamProtocol):
+    """The three streams, and the moment of exit.
+
+    asyncio's own `Process.wait` in Python 3.11 also waits for the pipes, which a grandchild may hold open.
+    """
+
+    def __init__(self, *, limit: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(limit=limit, loop=loop)
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        self.exited.set()
+        super().process_exited()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,105 @@
+"""`sdfleet models`: which checkpoints are here, and making a folder known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdfleet.cli import console
+
+if TYPE_CHECKING:
+    from sdfleet.catalog.identify import Identified
+    from sdfleet.catalog.store import Entry
+
+app = typer.Typer(no_args_is_help=True, help="List, import and look into models.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
+
+
+@app.command("list")
+def list_models(*, as_json: AsJson = False) -> None:
+    """List the models of this machine."""
+    with console.answering(as_json=as_json):
+        from sdfleet import compose
+
+        entries = compose.catalog(console.start()).entries()
+        if as_json:
+            console.say_json({"models": [_facts(entry) for entry in entries]})
+            return
+        for entry in entries:
+            card = entry.card
+            where = "built in" if entry.is_built_in else str(entry.folder)
+            missing = "" if entry.folder.is_dir() else "  (folder is missing)"
+            console.say(f"{card.name:<20} {card.family:<5} {card.width_px}x{card.height_px:<5} {where}{missing}")
+
+
+@app.command("import")
+def import_model(
+    *,
+    path: Annotated[Path, typer.Argument(help="Folder in the diffusers layout.", show_default=False)],
+    name: Annotated[str, typer.Option(help="What to call it here: a-z 0-9 . _ -")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a folder of weights known under a name. It stays where it is and is not changed."""
+    with console.answering(as_json=as_json):
+        from sdfleet import compose
+
+        catalog = compose.catalog(console.start())
+        entry = catalog.add(path, name=name)
+        if as_json:
+            console.say_json(_facts(entry, catalog.inspect(entry)))
+            return
+        console.say(
+            f"imported {name}: {entry.card.family}, {entry.card.width_px}x{entry.card.height_px}, {entry.folder}"
+        )
+
+
+@app.command("show")
+def show_model(
+    *,
+    name: Annotated[str, typer.Argument(help="Name or alias of a model.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model is, and check its files."""
+    with console.answering(as_json=as_json):
+        from sdfleet import compose
+
+        catalog = compose.catalog(console.start())
+        entry = catalog.resolve(name)
+        facts = _facts(entry, catalog.inspect(entry))
+        if as_json:
+            console.say_json(facts)
+            return
+        components = facts.pop("components")
+        for key, value in facts.items():
+            if value in ("", [], False):
+                continue
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            console.say(f"{key.removesuffix('_px')}: {shown}")
+        for part in components:
+            sizes = ", ".join(f"{dtype} {_mib(n_bytes)}" for dtype, n_bytes in part["bytes_by_dtype"].items())
+            console.say(f"  {part['name']:<16} {part['class_name']:<34} {sizes}")
+
+
+def _facts(entry: Entry, found: Identified | None = None) -> dict[str, Any]:
+    card = entry.card.model_dump(mode="json", exclude_none=True, exclude={"folder"})
+    facts: dict[str, Any] = {**card, "folder": str(entry.folder), "is_built_in": entry.is_built_in}
+    if found is not None:
+        facts["pipeline_class"] = found.pipeline_class
+        facts["n_bytes"] = found.n_bytes
+        facts["components"] = [
+            {
+                "name": part.name,
+                "class_name": part.class_name,
+                "n_parameters": part.n_parameters,
+                "bytes_by_dtype": dict(part.bytes_by_dtype),
+            }
+            for part in found.components
+        ]
+    return facts
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,223 @@
+"""The parts of one checkpoint folder: loaded when first used, strictly, in the device's format; put away on request.
+
+The folder is the ordinary diffusers layout: model_index.json, and a sub-folder for each component. Only safetensors
+are read; nothing here opens a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+from sdfleet.engine.text_weights import load_clip_text_encoder, load_t5_encoder
+from sdfleet.engine.devices import Device
+from sdfleet.engine.memory import Weights
+from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
+
+log = logging.getLogger(__name__)
+
+ComponentName = Literal[
+    "tokenizer", "tokenizer_2", "tokenizer_3",
+    "text_encoder", "text_encoder_2", "text_encoder_3",
+    "unet", "transformer", "vae", "tiny_vae",
+]  # fmt: skip
+TEXT_ENCODERS: tuple[ComponentName, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+DENOISERS: tuple[ComponentName, ...] = ("unet", "transformer")
+
+_DIFFUSERS_CLASSES: dict[str, Any] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+
+
+class Components:
+    """Lends out the modules of one folder. What is not on the device is loaded, or moved back, when asked for."""
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        self._folder = folder
+        self._device = device
+        self._index = _read_json(folder / "model_index.json")
+        self._here: dict[ComponentName, Any] = {}
+        # On a card, put-away modules wait in host memory; on a CPU there is nowhere to move them, so they are dropped.
+        self._aside: dict[ComponentName, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._folder
+
+    def class_name(self, name: ComponentName) -> str | None:
+        """The class a component says it is; None when the checkpoint has no such component."""
+        entry = self._index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            return None
+        return str(entry[1])
+
+    def has(self, name: ComponentName) -> bool:
+        """Whether the checkpoint comes with this component."""
+        return self.class_name(name) is not None
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """A yes/no setting of the checkpoint itself, as its pipeline saved it in model_index.json."""
+        value = self._index.get(name, default)
+        return value if isinstance(value, bool) else default
+
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """A component's settings, read without loading it."""
+        return _read_json(self._folder / name / file)
+
+    def use(self, name: ComponentName) -> Any:
+        """The component, loaded and on the device. Raises BrokenCheckpoint when its files are not usable."""
+        if name in self._here:
+            return self._here[name]
+        if name in self._aside:
+            module = self._aside.pop(name).to(self._device.torch_device)
+        else:
+            module = self._load(name)
+        self._here[name] = module
+        return module
+
+    def put_away(self, names: Iterable[ComponentName]) -> int:
+        """Take components off the device; how many were there. Tokenizers stay: they weigh nothing."""
+        n_moved = 0
+        for name in names:
+            module = self._here.pop(name, None)
+            if module is None:
+                continue
+            n_moved += 1
+            if self._device.kind != "cpu":
+                self._aside[name] = module.to("cpu")
+        if n_moved:
+            self._device.release_cached()
+        return n_moved
+
+    def close(self) -> None:
+        """Forget every module, on the device and aside."""
+        self._here.clear()
+        self._aside.clear()
+        self._device.release_cached()
+
+    def weights(self) -> Weights:
+        """Bytes the components will take on the device, from the files' sizes alone; nothing is loaded."""
+        text = sum(self._loaded_bytes(name, self._device.dtype) for name in TEXT_ENCODERS if self.has(name))
+        denoiser = sum(self._loaded_bytes(name, self._device.dtype) for name in DENOISERS if self.has(name))
+        return Weights(text=text, denoiser=denoiser, vae=self._loaded_bytes("vae", self._device.vae_dtype))
+
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the device now."""
+        modules = [m for m in self._here.values() if isinstance(m, torch.nn.Module)]
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def _loaded_bytes(self, name: ComponentName, dtype: torch.dtype) -> int:
+        n_elements = 0
+        for file in self._weight_files(name):
+            for entry in _safetensors_header(file).values():
+                n_elements += _product(entry["shape"])
+        return n_elements * torch.empty((), dtype=dtype).element_size()
+
+    def _weight_files(self, name: ComponentName) -> list[Path]:
+        """The safetensors files to read: the plain ones, or those of the only variant there is (such as fp16)."""
+        files = sorted((self._folder / name).glob("*.safetensors"))
+        plain = [f for f in files if _variant(f) is None]
+        return plain or files
+
+    def _load(self, name: ComponentName) -> Any:
+        class_name = self.class_name(name)
+        if class_name is None:
+            raise UnsupportedByModel(f"the checkpoint at {self._folder} has no {name}")
+        load = self._loader(name, class_name)
+        try:
+            return load()
+        except (SafetensorError, OSError, ValueError, KeyError) as exc:
+            first_line = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+            raise BrokenCheckpoint(
+                f"{self._folder / name} cannot be loaded: {first_line[:300]}", hint="copy or download the folder again"
+            ) from exc
+
+    def _loader(self, name: ComponentName, class_name: str) -> Callable[[], Any]:
+        folder = self._folder / name
+        if class_name in {"CLIPTokenizer", "CLIPTokenizerFast"}:
+            return lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if class_name in {"T5Tokenizer", "T5TokenizerFast"}:
+            return lambda: T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if class_name in {"CLIPTextModel", "CLIPTextModelWithProjection"}:
+            projected = class_name == "CLIPTextModelWithProjection"
+            return lambda: load_clip_text_encoder(folder, dtype=self._device.dtype, with_projection=projected).to(
+                self._device.torch_device
+            )
+        if class_name == "T5EncoderModel":
+            return lambda: load_t5_encoder(folder, dtype=self._device.dtype).to(self._device.torch_device)
+        if class_name in _DIFFUSERS_CLASSES:
+            return lambda: self._load_diffusers(name, _DIFFUSERS_CLASSES[class_name])
+        raise UnsupportedByModel(
+            f"the {name} of {self._folder} is a {class_name}, which is not served",
+            hint=f"served are: {', '.join(sorted(_DIFFUSERS_CLASSES))} with CLIP and T5 text encoders",
+        )
+
+    def _load_diffusers(self, name: ComponentName, cls: Any) -> Any:
+        folder = self._folder / name
+        files = self._weight_files(name)
+        if not files:
+            raise BrokenCheckpoint(f"{folder} holds no safetensors file", hint="copy or download the folder again")
+        dtype = self._device.vae_dtype if name in {"vae", "tiny_vae"} else self._device.dtype
+        module, found = cls.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            variant=_variant(files[0]),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        # diffusers fills what a file lacks with random numbers and only warns; a picture from those is noise.
+        wrong = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+        if wrong:
+            shown = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise BrokenCheckpoint(
+                f"{folder} lacks weights that its config asks for: {shown}", hint="copy or download the folder again"
+            )
+        return module.eval().requires_grad_(requires_grad=False).to(self._device.torch_device)
+
+
+def _variant(file: Path) -> str | None:
+    """`fp16` of `model.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`; None for a plain file."""
+    parts = file.name.removesuffix(".safetensors").split(".")
+    return parts[1].split("-")[0] if len(parts) > 1 else None
+
+
+def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return dict(header)
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise CheckpointNotFound(
+            f"there is no {path.name} in {path.parent}", hint="the path must be a diffusers checkpoint folder"
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise BrokenCheckpoint(f"{path} cannot be read: {exc}", hint="copy or download the folder again") from exc
+    if not isinstance(content, dict):
+        raise BrokenCheckpoint(f"{path} is not a JSON object", hint="copy or download the folder again")
+    return content

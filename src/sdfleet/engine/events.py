@@ -1,0 +1,64 @@
+"""What an engine says, and how it is set up. Plain data: the parent process reads it without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sdfleet.domain import FinishedPicture, JobId, Progress, TokenCount
+from sdfleet.errors import SdfleetError
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+MemoryMode = Literal["auto", "fast", "eco"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How one engine uses its device.
+
+    max_rows: most network rows in one step (a guided picture takes two); None lets the batcher measure.
+    memory_limit_bytes: most bytes for weights and activations together; None asks the device.
+    n_threads: CPU threads for torch; None takes every core this process may use.
+    """
+
+    device: DeviceChoice = "auto"
+    dtype: DtypeChoice = "auto"
+    memory_mode: MemoryMode = "auto"
+    max_rows: int | None = None
+    memory_limit_bytes: int | None = None
+    n_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureDone:
+    """One picture of a job is finished; a job of n pictures sends n of these, then a JobDone."""
+
+    job_id: JobId
+    image_index: int
+    finished: FinishedPicture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDone:
+    """All pictures of a job were sent. Fields as in `domain.ImageResult`."""
+
+    job_id: JobId
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    tokens: tuple[TokenCount, ...] = ()
+    warnings: tuple[str, ...] = ()
+    rungs: tuple[str, ...] = ()
+    device: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailed:
+    """The job ended without its pictures; cancelled jobs end with `JobCancelled` as the error."""
+
+    job_id: JobId
+    error: SdfleetError
+
+
+Event = Progress | PictureDone | JobDone | JobFailed

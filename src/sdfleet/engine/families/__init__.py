@@ -1,0 +1,12 @@
+"""One adapter for each architecture; the name is the one that cards use."""
+
+from sdfleet.engine.families.base import LatentFamily
+from sdfleet.engine.families.sd import StableDiffusion
+from sdfleet.engine.families.sd3 import StableDiffusion3
+from sdfleet.engine.families.sdxl import StableDiffusionXL
+
+FAMILIES: dict[str, type[LatentFamily]] = {
+    family.name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+}
+
+__all__ = ["FAMILIES", "LatentFamily"]

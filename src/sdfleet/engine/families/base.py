@@ -1,0 +1,311 @@
+"""What a family is: the adapter that lets one architecture share the engine's loop with every other.
+
+A family says which components a phase needs, turns prompts into conditioning, makes first latents, calls its network,
+and decodes. The loop, the samplers, guidance and batching are the engine's and the same for all. To add a family,
+subclass `LatentFamily` and fill in `encode` and `predict`; see docs/adding-a-family.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sdfleet.domain import Drawing, TokenCount
+from sdfleet.engine.conditioning import Conditioning, Room, room_for
+from sdfleet.engine.components import TEXT_ENCODERS, ComponentName, Components
+from sdfleet.engine.devices import Device
+from sdfleet.engine.noise_schedule import NoiseSchedule
+from sdfleet.engine.pixels import to_mask, to_unit_range
+from sdfleet.engine.prompt import Prompt, parse_prompt
+from sdfleet.engine.prompt_cache import PromptCache, PromptKey
+from sdfleet.engine.text_encoders import ClipEncoder, T5Encoder
+from sdfleet.engine.vae import Posterior, Vae
+from sdfleet.errors import InvalidValue, UnsupportedByModel
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["encode", "denoise", "decode"]
+
+# Live numbers per latent cell and channel of the widest level during one network call, and per pixel and channel of the
+# decoder's last block: generous bounds for planning, not measurements of a card.
+_DENOISER_LIVE = 24
+_DECODER_LIVE = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPair:
+    """What the network is told: `negative` is None where guidance does not use it. Equal lengths otherwise."""
+
+    positive: Conditioning
+    negative: Conditioning | None
+    tokens: tuple[TokenCount, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a picture starts from. Empty for txt2img.
+
+    image, masked_image: latents of the input picture, and of it with the masked part greyed out.
+    mask: [1, 1, h, w], 1 where the picture is drawn anew.
+    """
+
+    image: Posterior | None = None
+    masked_image: Posterior | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blend:
+    """How inpainting keeps the unmasked part: it is put back, at the noise level reached, after every step.
+
+    image: clean latents [1, c, h, w]; noise: the trajectory's own [1, c, h, w]; mask: [1, 1, h, w].
+    """
+
+    image: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def apply(self, latents: Tensor, *, alpha: float, sigma: float) -> Tensor:
+        """`latents` where the mask is 1, the input picture at noise level (alpha, sigma) elsewhere."""
+        kept = alpha * self.image + sigma * self.noise
+        return self.mask * latents + (1 - self.mask) * kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """First latents [1, c, h, w] of one picture, and what must be kept beside them.
+
+    clean: the input picture's latents, None for txt2img; noise: what was drawn.
+    extra: channels [1, k, h, w] that an inpainting network takes beside the latents.
+    """
+
+    noise: Tensor
+    clean: Tensor | None = None
+    blend: Blend | None = None
+    extra: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkRows:
+    """One call of the network. m rows, from any number of trajectories, each at its own timestep.
+
+    latents: [m, c, h, w] float32. timestep: [m]. states: [m, tokens, d]. pooled: [m, p] or None.
+    extra: [m, k, h, w] or None. size_px: (height, width) of the pictures, the same for all rows.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    states: Tensor
+    pooled: Tensor | None
+    extra: Tensor | None
+    size_px: tuple[int, int]
+
+
+class LatentFamily:
+    """The part that every latent-diffusion family shares: VAE, first latents, inpainting, decode, sizes."""
+
+    name: str
+    denoiser: ComponentName
+
+    def __init__(self, components: Components, device: Device, prompts: PromptCache) -> None:
+        self.components = components
+        self.device = device
+        self.prompts = prompts
+        self.schedule = NoiseSchedule.from_config(components.config("scheduler", "scheduler_config.json"))
+        self._vae: tuple[Any, Vae] | None = None
+        vae = components.config("vae")
+        self.latent_channels = int(vae["latent_channels"])
+        self.px_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        self._decoder_channels = int(vae["block_out_channels"][0])
+        self._denoiser_config = components.config(self.denoiser)
+
+    def components_for(self, phase: Phase) -> tuple[ComponentName, ...]:
+        """The components that must be on the device during a phase; all others may be put away."""
+        match phase:
+            case "encode":
+                return tuple(name for name in TEXT_ENCODERS if self.components.has(name))
+            case "denoise":
+                return (self.denoiser,)
+            case "decode":
+                return ("vae",)
+
+    @property
+    def vae(self) -> Vae:
+        """The picture codec, loaded when first used."""
+        module = self.components.use("vae")
+        if self._vae is None or self._vae[0] is not module:
+            self._vae = (module, Vae(module, self.device))
+        return self._vae[1]
+
+    def check(self, drawing: Drawing) -> None:
+        """Raises what can be said against a drawing before any weights are loaded."""
+        for name, side_px in (("width", drawing.width_px), ("height", drawing.height_px)):
+            if side_px % self.side_multiple_px:
+                raise InvalidValue(
+                    name,
+                    f"{side_px} px is not a multiple of {self.side_multiple_px}, as this model needs",
+                    hint=f"use {side_px // self.side_multiple_px * self.side_multiple_px or self.side_multiple_px}",
+                )
+        for name, picture in (("image", drawing.image), ("mask", drawing.mask)):
+            if picture is not None and (picture.width_px, picture.height_px) != (drawing.width_px, drawing.height_px):
+                raise InvalidValue(
+                    name,
+                    f"it is {picture.width_px}x{picture.height_px}, the picture to draw "
+                    f"{drawing.width_px}x{drawing.height_px}",
+                )
+        if drawing.t5 == "keep" and not self.components.has("text_encoder_3"):
+            raise UnsupportedByModel("this model has no T5 text encoder to keep", hint="leave t5 at auto")
+        if self.n_extra_channels and drawing.task != "inpaint":
+            raise UnsupportedByModel(
+                "this is an inpainting model: it draws only with an image and a mask",
+                hint="give --image and --mask, or use the plain model",
+            )
+
+    @property
+    def side_multiple_px(self) -> int:
+        """Sides must be a multiple of this, in pixels."""
+        return self.px_per_latent
+
+    @property
+    def n_extra_channels(self) -> int:
+        """Channels beside the latents that the network takes: 1 + latent_channels for an inpainting UNet, else 0."""
+        extra = int(self._denoiser_config["in_channels"]) - self.latent_channels
+        if extra not in {0, 1 + self.latent_channels}:
+            raise UnsupportedByModel(
+                f"the network takes {extra} channels beside the latents", hint="only inpainting networks are known to"
+            )
+        return extra
+
+    def encode(self, drawing: Drawing) -> PromptPair:
+        """Conditioning for the prompt, and for the negative prompt where guidance is above 1."""
+        raise UnsupportedByModel(f"{self.name} does not encode prompts")
+
+    def paired(
+        self,
+        drawing: Drawing,
+        join: Callable[[Prompt, Room, bool], Conditioning],
+        *,
+        encoder: str,
+        clips: Sequence[ClipEncoder],
+        t5: T5Encoder | None = None,
+        is_zero_when_empty: bool = False,
+    ) -> PromptPair:
+        """Both prompts through the cache, with states of one length; no negative where guidance makes no use of it.
+
+        join(prompt, room, is_negative): the family's own conditioning. encoder: names it in the cache.
+        """
+        is_guided = drawing.guidance > 1
+        texts = [drawing.prompt, drawing.negative_prompt] if is_guided else [drawing.prompt]
+        prompts = [parse_prompt(text) for text in texts]
+        room = room_for(prompts, clips=clips, t5=t5)
+        encoded = []
+        for text, prompt, is_negative in zip(texts, prompts, (False, True), strict=False):
+            key = PromptKey(
+                checkpoint=str(self.components.folder),
+                encoder=encoder,
+                text=text,
+                room=room,
+                is_zero_when_empty=is_negative and is_zero_when_empty,
+            )
+            encoded.append(self.prompts.conditioning(key, partial(join, prompt, room, is_negative)))
+        ignored = bool(drawing.negative_prompt) and not is_guided
+        return PromptPair(
+            positive=encoded[0],
+            negative=encoded[1] if is_guided else None,
+            tokens=encoded[0].tokens,
+            warnings=("the negative prompt has no effect at guidance 1 or less",) if ignored else (),
+        )
+
+    def predict(self, rows: NetworkRows) -> Tensor:
+        """The network's raw answer [m, c, h, w], in the terms of `schedule.prediction`, float32."""
+        raise UnsupportedByModel(f"{self.name} has no network")
+
+    @torch.inference_mode()
+    def source(self, drawing: Drawing) -> Source:
+        """The input picture and mask as latents; once per job, whatever the number of pictures."""
+        if drawing.image is None:
+            return Source()
+        image = to_unit_range(drawing.image)
+        if drawing.mask is None:
+            return Source(image=self.vae.encode(image))
+        mask = to_mask(drawing.mask)
+        cells = torch.nn.functional.interpolate(mask, size=self.latent_shape(drawing)[-2:])
+        masked = self.vae.encode(image * (mask < 0.5)) if self.n_extra_channels else None
+        # A network that takes the masked picture itself needs the clean one only to start part-way.
+        clean = None if self.n_extra_channels and drawing.strength == 1 else self.vae.encode(image)
+        return Source(image=clean, masked_image=masked, mask=cells.to(self.device.torch_device))
+
+    def start(self, drawing: Drawing, source: Source, generator: torch.Generator) -> Start:
+        """What one picture starts from; every random number comes from `generator`, on the CPU, in float32.
+
+        The order of draws is that of diffusers' pipelines (encoder sample, noise, sample of the masked
+        picture), so the same seed gives the same picture there and here.
+        """
+        shape = self.latent_shape(drawing)
+
+        def draw() -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device.torch_device)
+
+        clean = source.image.sample(draw()) if source.image is not None else None
+        noise = draw()
+        if source.mask is None:
+            return Start(noise=noise, clean=clean)
+        masked_noise = draw()
+        if source.masked_image is not None:
+            extra = torch.cat([source.mask, source.masked_image.sample(masked_noise)], dim=1)
+            return Start(noise=noise, clean=clean, extra=extra)
+        if clean is None:
+            raise UnsupportedByModel("inpainting needs the input picture's latents")
+        return Start(noise=noise, clean=clean, blend=Blend(image=clean, noise=noise, mask=source.mask))
+
+    def latent_shape(self, drawing: Drawing) -> tuple[int, int, int, int]:
+        """(1, c, h, w) of one picture's latents."""
+        return (
+            1,
+            self.latent_channels,
+            drawing.height_px // self.px_per_latent,
+            drawing.width_px // self.px_per_latent,
+        )
+
+    def n_latent_tokens(self, drawing: Drawing) -> int:
+        """Image tokens of one picture in a transformer; latent cells in a UNet. Flow schedules may shift by it."""
+        _, _, height, width = self.latent_shape(drawing)
+        return height * width
+
+    def decode(self, latents: Tensor, *, tiled: bool) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1] of latents [n, c, h, w]."""
+        return self.vae.decode(latents, tiled=tiled)
+
+    def preview(self, denoised: Tensor) -> Tensor:
+        """Small pictures [n, 3, h', w'] in [-1, 1] of what is denoised so far."""
+        if self.components.has("tiny_vae"):
+            with torch.inference_mode():
+                tiny = self.components.use("tiny_vae")
+                decoded: Tensor = tiny.decode(denoised.to(tiny.dtype), return_dict=False)[0]
+                return decoded.float()
+        return self.vae.preview(denoised)
+
+    def peak_bytes(self, *, width_px: int, height_px: int, n_rows: int) -> int:
+        """Most bytes beside the weights that one network call of `n_rows` rows holds. A bound, for planning."""
+        cells = (width_px // self.px_per_latent) * (height_px // self.px_per_latent)
+        element_bytes = torch.empty((), dtype=self.device.dtype).element_size()
+        return n_rows * self._tokens(cells) * self._width() * element_bytes * _DENOISER_LIVE
+
+    def decode_bytes(self, *, width_px: int, height_px: int) -> int:
+        """Most bytes beside the weights that decoding one picture holds, untiled."""
+        element_bytes = torch.empty((), dtype=self.device.vae_dtype).element_size()
+        return width_px * height_px * self._decoder_channels * element_bytes * _DECODER_LIVE
+
+    def _tokens(self, cells: int) -> int:
+        return cells
+
+    def _width(self) -> int:
+        widths: Sequence[int] = self._denoiser_config["block_out_channels"]
+        return int(widths[0])

@@ -1,0 +1,84 @@
+"""Several trajectories seen as one network call. Rebuilt only when the membership changes; owns nothing that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdfleet.engine.families.base import LatentFamily, NetworkRows
+from sdfleet.engine.trajectory import Trajectory, advance, to_denoised
+
+
+class StepBatch:
+    """n trajectories of one key, m network rows: the negative halves of the guided ones first, then everybody."""
+
+    def __init__(self, family: LatentFamily, trajectories: Sequence[Trajectory], *, size_px: tuple[int, int]) -> None:
+        self.trajectories = tuple(trajectories)
+        self._family = family
+        self._size_px = size_px
+        device = family.device.torch_device
+        guided = [row for row, t in enumerate(trajectories) if t.is_guided]
+        self._n_guided = len(guided)
+        self._guided = torch.tensor(guided, device=device)
+        self._rows = torch.tensor([*guided, *range(len(trajectories))], device=device)
+        self._guidance = torch.tensor([trajectories[row].guidance for row in guided], device=device).view(-1, 1, 1, 1)
+        told = [t.prompts.negative for t in trajectories if t.prompts.negative is not None]
+        told += [t.prompts.positive for t in trajectories]
+        self._states = torch.stack([c.states for c in told])
+        pooled = [c.pooled for c in told if c.pooled is not None]
+        self._pooled = torch.stack(pooled) if pooled else None
+        extra = [t.extra for t in trajectories if t.extra is not None]
+        self._extra = torch.cat(extra)[self._rows] if extra else None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Who is in it."""
+        return tuple(t.id for t in self.trajectories)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the network call."""
+        return self._n_guided + len(self.trajectories)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One network call for all, and every trajectory moves on. Raises before any of them has moved."""
+        latents = torch.cat([t.latents for t in self.trajectories])
+        evaluations = [t.evaluation for t in self.trajectories]
+        places = torch.tensor([(e.timestep, e.alpha, e.sigma) for e in evaluations], device=latents.device)
+        answer = self._family.predict(
+            NetworkRows(
+                latents=latents[self._rows],
+                timestep=places[:, 0][self._rows],
+                states=self._states,
+                pooled=self._pooled,
+                extra=self._extra,
+                size_px=self._size_px,
+            )
+        )
+        alpha, sigma = (places[:, column].view(-1, 1, 1, 1) for column in (1, 2))
+        denoised = to_denoised(self._guide(answer), latents, alpha, sigma, self._family.schedule)
+        advance(self.trajectories, denoised)
+
+    def _guide(self, answer: Tensor) -> Tensor:
+        """Classifier-free guidance (arXiv:2207.12598), each row with its own weight; rows without it pass through."""
+        negative, positive = answer[: self._n_guided], answer[self._n_guided :]
+        if not self._n_guided:
+            return positive
+        guided = negative + self._guidance * (positive[self._guided] - negative)
+        return positive.index_copy(0, self._guided, guided)
+
+
+def shares_step(family: LatentFamily, trajectory: Trajectory, *, checkpoint: str) -> tuple[object, ...]:
+    """Who MAY be in one network call: trajectories for which this is equal. Everything else is per row."""
+    positive = trajectory.prompts.positive
+    return (
+        checkpoint,
+        tuple(trajectory.latents.shape[1:]),
+        tuple(positive.states.shape),
+        None if positive.pooled is None else tuple(positive.pooled.shape),
+        None if trajectory.extra is None else trajectory.extra.shape[1],
+        family.name,
+    )

@@ -1,0 +1,173 @@
+"""One picture in the making, and how many of them take a step together.
+
+Latents are float32 whatever the model computes in, and stay in the network's own space, x = alpha * x0 + sigma * noise.
+There every sampler's step is a fixed combination of six tensors (see samplers.py), so a step of rows with different
+samplers, positions and histories is one weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sdfleet.domain import JobId
+from sdfleet.engine.families.base import Blend, PromptPair, Start
+from sdfleet.engine.foreign_samplers import ForeignSampler
+from sdfleet.engine.noise_schedule import NoiseSchedule
+from sdfleet.engine.samplers import Evaluation, Plan
+from sdfleet.errors import EngineFailed
+
+# Places of the tensors in an Evaluation's coefficients.
+_X, _DENOISED, _PREVIOUS, _BEFORE_PREVIOUS, _SAVED, _NOISE = range(6)
+_KEEP_SAVED = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@dataclass(slots=True, kw_only=True)
+class Trajectory:
+    """The lasting truth about one picture; a step batch is only a view of several.
+
+    sampler: a Plan computed beforehand, or a diffusers scheduler of this row's own.
+    latents, previous, before_previous, saved: [1, c, h, w] float32 on the device; None before they exist.
+    generator: this picture's own noise, on the CPU, so that neighbours and devices never matter.
+    """
+
+    id: int
+    job_id: JobId
+    image_index: int
+    seed: int
+    sampler: Plan | ForeignSampler
+    generator: torch.Generator
+    prompts: PromptPair
+    guidance: float
+    latents: Tensor
+    blend: Blend | None = None
+    extra: Tensor | None = None
+    position: int = 0
+    previous: Tensor | None = None
+    before_previous: Tensor | None = None
+    saved: Tensor | None = None
+    denoised: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def n_evaluations(self) -> int:
+        """Network calls the whole picture takes."""
+        return len(self.sampler.evaluations)
+
+    @property
+    def is_finished(self) -> bool:
+        """No call left: `latents` are the picture."""
+        return self.position >= self.n_evaluations
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The next network call."""
+        return self.sampler.evaluations[self.position]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is evaluated too."""
+        return self.prompts.negative is not None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows taken in a step batch."""
+        return 2 if self.is_guided else 1
+
+
+def first_latents(sampler: Plan | ForeignSampler, start: Start, *, from_noise: bool) -> Tensor:
+    """[1, c, h, w] float32 to begin with: noise alone, or the input picture with noise of the first step's level."""
+    if from_noise or start.clean is None:
+        return sampler.start_scale * start.noise
+    first = sampler.evaluations[0]
+    return first.alpha * start.clean + first.sigma * start.noise
+
+
+def to_denoised(answer: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """What the network believes the clean latents are, from its raw answer; all [n, c, h, w], alpha and sigma [n, 1, 1, 1].
+
+    The four parameterisations of x = alpha * x0 + sigma * noise: noise (DDPM, arXiv:2006.11239), velocity
+    v = alpha * noise - sigma * x0 (arXiv:2202.00512), flow u = noise - x0 (arXiv:2403.03206), and x0 itself.
+    """
+    match schedule.prediction:
+        case "epsilon":
+            return (latents - sigma * answer) / alpha
+        case "v_prediction":
+            return alpha * latents - sigma * answer
+        case "flow":
+            return latents - sigma * answer
+        case "sample":
+            return answer
+    raise EngineFailed(f"the checkpoint predicts {schedule.prediction!r}, which is not known")
+
+
+def advance(trajectories: Sequence[Trajectory], denoised: Tensor) -> None:
+    """Take every trajectory past the evaluation just made; `denoised` is [n, c, h, w] float32, row by row."""
+    planned = [row for row, t in enumerate(trajectories) if not isinstance(t.sampler, ForeignSampler)]
+    if planned:
+        rows = denoised if len(planned) == len(trajectories) else denoised[planned]
+        _advance_planned([trajectories[row] for row in planned], rows)
+    for row, trajectory in enumerate(trajectories):
+        if isinstance(trajectory.sampler, ForeignSampler):
+            clean = denoised[row : row + 1]
+            trajectory.latents = trajectory.sampler.advance(trajectory.latents, clean, trajectory.generator)
+            trajectory.denoised = clean
+        if trajectory.blend is not None:
+            reached = trajectory.evaluation
+            trajectory.latents = trajectory.blend.apply(
+                trajectory.latents, alpha=reached.next_alpha, sigma=reached.next_sigma
+            )
+        trajectory.position += 1
+
+
+def _advance_planned(trajectories: Sequence[Trajectory], denoised: Tensor) -> None:
+    evaluations = [t.evaluation for t in trajectories]
+    basis: list[Tensor | None] = [
+        torch.cat([t.latents for t in trajectories]),
+        denoised,
+        _stacked([t.previous for t in trajectories], denoised),
+        _stacked([t.before_previous for t in trajectories], denoised),
+        _stacked([t.saved for t in trajectories], denoised),
+        _drawn(trajectories, evaluations, denoised),
+    ]
+    latents = _combined([e.next for e in evaluations], basis, denoised)
+    saving = any(tuple(e.save) != _KEEP_SAVED for e in evaluations)
+    saved = _combined([e.save for e in evaluations], basis, denoised) if saving else None
+    for row, trajectory in enumerate(trajectories):
+        trajectory.latents = latents[row : row + 1]
+        trajectory.before_previous = trajectory.previous
+        trajectory.previous = trajectory.denoised = denoised[row : row + 1]
+        if saved is not None:
+            trajectory.saved = saved[row : row + 1]
+
+
+def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """[n, c, h, w]; a row that has nothing there yet is zeros, and no row of coefficients then uses it."""
+    if all(row is None for row in rows):
+        return None
+    nothing = torch.zeros_like(like[:1])
+    return torch.cat([nothing if row is None else row for row in rows])
+
+
+def _drawn(trajectories: Sequence[Trajectory], evaluations: Sequence[Evaluation], like: Tensor) -> Tensor | None:
+    if not any(e.draws_noise for e in evaluations):
+        return None
+    noise = torch.zeros(like.shape)
+    for row, (trajectory, evaluation) in enumerate(zip(trajectories, evaluations, strict=True)):
+        if evaluation.draws_noise:
+            noise[row] = torch.randn(like.shape[1:], generator=trajectory.generator)
+    return noise.to(like.device)
+
+
+def _combined(coefficients: Sequence[Sequence[float]], basis: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Row i is the sum over the basis of coefficients[i][k] * basis[k][i]; tensors that no row uses cost nothing."""
+    total: Tensor | None = None
+    for place, tensor in enumerate(basis):
+        column = [row[place] for row in coefficients]
+        if tensor is None or not any(column):
+            continue
+        weights = torch.tensor(column, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
+        total = weights * tensor if total is None else torch.addcmul(total, weights, tensor)
+    return torch.zeros_like(like) if total is None else total

@@ -1,0 +1,139 @@
+"""The picture codec of every family: pixels to latents and back, in tiles where memory is short, never black.
+
+Latents here are as the denoiser sees them: (vae_latents - shift) * scale. Pictures are [n, 3, H, W] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdfleet.engine.devices import Device
+from sdfleet.errors import EngineFailed
+
+log = logging.getLogger(__name__)
+
+# Side of the colour chart from which the preview map is fitted: 8x8 patches of 16 px give 64 distinct colours.
+_CHART_PATCHES = 8
+_PATCH_PX = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posterior:
+    """What the encoder believes of one picture: latents are mean + std * noise. Both [1, c, h, w] float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """One draw; `noise` is standard normal, [1, c, h, w]."""
+        return self.mean + self.std * noise
+
+
+class Vae:
+    """One AutoencoderKL with its scaling. `upcast` tells that half precision failed and float32 took over."""
+
+    def __init__(self, module: Any, device: Device) -> None:
+        config = module.config
+        self._module = module
+        self._device = device
+        self.latent_channels: int = config.latent_channels
+        self.px_per_latent: int = 2 ** (len(config.block_out_channels) - 1)
+        self._scale = float(config.scaling_factor)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self._mean = self._per_channel(getattr(config, "latents_mean", None), 0.0)
+        self._std = self._per_channel(getattr(config, "latents_std", None), 1.0)
+        self._preview_map: tuple[Tensor, Tensor] | None = None
+        self.upcast = False
+        if getattr(config, "force_upcast", False) and module.dtype == torch.float16:
+            self._to_float32()
+
+    def _per_channel(self, values: Any, default: float) -> Tensor:
+        numbers = [default] * self.latent_channels if values is None else list(values)
+        return torch.tensor(numbers, dtype=torch.float32, device=self._device.torch_device).view(1, -1, 1, 1)
+
+    @property
+    def channels_at_full_size(self) -> int:
+        """Width of the decoder's last block, which works at the picture's full size: what peak memory hangs on."""
+        return int(self._module.config.block_out_channels[0])
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number in the decoder."""
+        return int(torch.empty((), dtype=self._module.dtype).element_size())
+
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> Posterior:
+        """What the latents of `image` [1, 3, H, W] are; H and W are multiples of `px_per_latent`."""
+        image = image.to(self._device.torch_device, self._module.dtype)
+        believed = self._module.encode(image).latent_dist
+        scale = self._scale / self._std
+        mean = (believed.mean.float() - self._shift - self._mean) * scale
+        return Posterior(mean=mean, std=believed.std.float() * scale)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """Pictures [n, 3, H, W] float32 of latents [n, c, h, w]; values may leave [-1, 1] a little.
+
+        Half-precision decoders overflow on some checkpoints, which shows as black pictures. A decode that is
+        not finite is done once more in float32, and the decoder stays there. Raises EngineFailed when even
+        that is not finite, for then the latents themselves are broken.
+        """
+        latents = latents * self._std / self._scale + self._shift + self._mean
+        self._tile(tiled)
+        decoded = self._decode(latents)
+        if not bool(torch.isfinite(decoded).all()):
+            if self._module.dtype == torch.float32 or not bool(torch.isfinite(latents).all()):
+                raise EngineFailed(
+                    "the picture came out as not-a-number", hint="try float32 (--dtype float32) or less guidance"
+                )
+            log.warning("vae decodes in float32 from now on", extra={"was": str(self._module.dtype)})
+            self._to_float32()
+            decoded = self._decode(latents)
+        return decoded
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decoded: Tensor = self._module.decode(latents.to(self._module.dtype), return_dict=False)[0]
+        return decoded.float()
+
+    def _tile(self, tiled: bool) -> None:
+        self._module.use_tiling = tiled
+        self._module.use_slicing = tiled
+
+    def _to_float32(self) -> None:
+        self._module.to(torch.float32)
+        self.upcast = True
+
+    @torch.inference_mode()
+    def preview(self, latents: Tensor) -> Tensor:
+        """A rough picture [n, 3, h, w] of latents [n, c, h, w], one pixel for each latent cell: a linear map.
+
+        The map is fitted once, when first asked for: a chart of plain colours is encoded and the least-squares
+        solution from latents to colours is kept, so it fits any checkpoint and needs no table of numbers.
+        """
+        if self._preview_map is None:
+            self._preview_map = self._fit_preview()
+        weights, bias = self._preview_map
+        return torch.einsum("nchw,cr->nrhw", latents.float(), weights) + bias.view(1, 3, 1, 1)
+
+    def _fit_preview(self) -> tuple[Tensor, Tensor]:
+        levels = torch.linspace(-1.0, 1.0, 4)
+        colours = torch.cartesian_prod(levels, levels, levels)
+        # Neighbours must differ, or the fit would learn from long smooth ramps only; 37 has no factor with 64.
+        order = torch.arange(len(colours)) * 37 % len(colours)
+        chart = colours[order].T.reshape(1, 3, _CHART_PATCHES, _CHART_PATCHES)
+        image = torch.nn.functional.interpolate(chart, scale_factor=_PATCH_PX, mode="nearest")
+        latents = self.encode(image).mean
+        cells = torch.nn.functional.interpolate(image.to(latents), size=latents.shape[-2:], mode="area")
+        known = latents.flatten(2).permute(0, 2, 1).reshape(-1, self.latent_channels)
+        known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1).double().cpu()
+        wanted = cells.flatten(2).permute(0, 2, 1).reshape(-1, 3).double().cpu()
+        # Ridge term: two channels of a young VAE may carry the same thing.
+        ridge = 1e-3 * torch.eye(known.shape[1], dtype=torch.float64)
+        solved = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
+        solved = solved.float().to(self._device.torch_device)
+        return solved[:-1], solved[-1]

@@ -1,0 +1,186 @@
+"""Every error a caller can meet, drawn as one tree.
+
+    SdfleetError
+    ├── BadRequest                 the request itself is wrong; trying again will not help
+    │   ├── InvalidValue           one field has a value we cannot draw
+    │   ├── UnknownName            a model, sampler or schedule that does not exist here
+    │   ├── UnsupportedByModel     the model named cannot do what was asked
+    │   ├── BrokenPicture          an input picture that cannot be read
+    │   └── PromptSyntax           a prompt whose brackets or weights make no sense
+    ├── CheckpointError            the weights on disk cannot be used
+    │   ├── CheckpointNotFound
+    │   ├── BrokenCheckpoint       a file is missing, truncated or does not fit its config
+    │   └── PickleRefused          a checkpoint format that can run code when it is opened
+    ├── OutOfMemory                the device has no room; the engine tries the next rung before it says so
+    ├── EngineDied                 the process that owns the device ended during the job
+    ├── EngineFailed               the engine met a fault while drawing one picture
+    ├── JobCancelled               somebody asked for the job to stop
+    └── OutputNotWritable          the finished picture could not be saved
+
+Each class carries `code` (stable, for programs), `http_status`, and a `hint` (what to do next).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SdfleetError(Exception):
+    """Something a caller can act on. `str(error)` is one line: what happened, then what to do."""
+
+    code = "internal_error"
+    http_status = 500
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Subclasses take other arguments than the two stored here; errors cross a process boundary as
+        # (code, message, hint) instead, see `to_wire` and `from_wire`.
+        return (SdfleetError, (self.message,))
+
+    def to_wire(self) -> dict[str, str]:
+        """The error as plain data for another process."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+class BadRequest(SdfleetError):
+    """The request is wrong; the caller must change it."""
+
+    code = "bad_request"
+    http_status = 400
+
+
+class InvalidValue(BadRequest):
+    """One field holds a value that cannot be used."""
+
+    code = "invalid_value"
+
+    def __init__(self, field: str, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{field}: {message}", hint=hint)
+        self.field = field
+
+
+class UnknownName(BadRequest):
+    """A name that nothing here answers to. Names the nearest ones that exist."""
+
+    code = "unknown_name"
+    http_status = 404
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        shown = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names) or 'none'}"
+        super().__init__(f"there is no {kind} named {name[:80]!r}", hint=shown)
+        self.kind = kind
+        self.name = name
+
+
+class UnsupportedByModel(BadRequest):
+    """The checkpoint exists but cannot do this."""
+
+    code = "unsupported_by_model"
+
+
+class BrokenPicture(BadRequest):
+    """An input picture that cannot be read."""
+
+    code = "broken_picture"
+
+
+class PromptSyntax(BadRequest):
+    """A prompt whose brackets or weights make no sense."""
+
+    code = "prompt_syntax"
+
+
+class CheckpointError(SdfleetError):
+    """The weights on disk cannot be used."""
+
+    code = "checkpoint_error"
+    http_status = 409
+
+
+class CheckpointNotFound(CheckpointError):
+    """Nothing is at the path given."""
+
+    code = "checkpoint_not_found"
+    http_status = 404
+
+
+class BrokenCheckpoint(CheckpointError):
+    """A file of the checkpoint is missing, truncated, or does not fit its config."""
+
+    code = "broken_checkpoint"
+
+
+class PickleRefused(CheckpointError):
+    """A checkpoint in a format that can run code when it is opened."""
+
+    code = "pickle_refused"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path} is a pickle, and opening a pickle can run any code it carries",
+            hint="convert it to .safetensors on a machine you do not mind losing, then import that",
+        )
+        self.path = path
+
+
+class OutOfMemory(SdfleetError):
+    """The device has no room for this step.
+
+    Raised inside the engine and caught there: the next rung of the memory ladder is tried.
+    It reaches a caller only when the ladder has no rung left.
+    """
+
+    code = "out_of_memory"
+    http_status = 507
+
+
+class EngineDied(SdfleetError):
+    """The process that owns the device ended while the job ran."""
+
+    code = "engine_died"
+    http_status = 503
+
+
+class EngineFailed(SdfleetError):
+    """The engine met a fault of ours or of a library while it drew one picture."""
+
+    code = "engine_failed"
+
+
+class JobCancelled(SdfleetError):
+    """The job was stopped because somebody asked."""
+
+    code = "cancelled"
+    http_status = 499
+
+
+class OutputNotWritable(SdfleetError):
+    """The picture is finished but could not be saved."""
+
+    code = "output_not_writable"
+    http_status = 507
+
+
+def _subclasses(cls: type[SdfleetError]) -> Iterable[type[SdfleetError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _subclasses(child)
+
+
+def from_wire(wire: dict[str, str]) -> SdfleetError:
+    """The error that another process sent, as the same class, so that `except OutOfMemory` works across processes."""
+    by_code = {cls.code: cls for cls in _subclasses(SdfleetError)}
+    cls = by_code.get(wire["code"], SdfleetError)
+    error = cls.__new__(cls)
+    SdfleetError.__init__(error, wire["message"], hint=wire["hint"])
+    return error

@@ -1,0 +1,277 @@
+"""The one door to pictures: a request comes in, everything it left open is decided, a backend draws it.
+
+The path of a request: card -> folder checked -> seed -> size, steps, guidance, sampler -> Drawing -> backend.
+All that can be refused is refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self, assert_never
+
+from sdfleet.backends.base import Backend, Capabilities
+from sdfleet.catalog.cards import Card
+from sdfleet.catalog.identify import Identified
+from sdfleet.catalog.store import Catalog, Entry
+from sdfleet.domain import (
+    MAX_SEED,
+    MAX_SIDE_PX,
+    SIDE_MULTIPLE_PX,
+    Drawing,
+    ImageRequest,
+    ImageResult,
+    JobId,
+    Picture,
+    Progress,
+    T5Use,
+)
+from sdfleet.engine.sampler_names import parse_sampler
+from sdfleet.errors import InvalidValue, UnsupportedByModel
+from sdfleet.storage import pictures
+
+log = logging.getLogger(__name__)
+
+MIN_SIDE_PX = 16
+# A seed nobody chose: 32 bits, because AUTOMATIC1111's clients read no longer one.
+RANDOM_SEED_BITS = 32
+
+
+class Runtime:
+    """Turns requests into pictures. Use as `async with`; leaving closes the backend."""
+
+    def __init__(self, *, catalog: Catalog, backend: Backend) -> None:
+        self.catalog = catalog
+        self._backend = backend
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def capabilities(self) -> Capabilities:
+        """How the backend stands."""
+        return self._backend.capabilities()
+
+    async def generate(
+        self,
+        request: ImageRequest,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        wants_previews: bool = False,
+    ) -> ImageResult:
+        """The pictures of one request, with every choice made on the way in `drawing` and `warnings`.
+
+        on_progress: called on the event loop after each step; must not block.
+        Raises a BadRequest or CheckpointError before anything is loaded, any SdfleetError later.
+        Cancelling the awaiting task stops the drawing.
+        """
+        return await self.draw(await self.prepare(request, wants_previews=wants_previews), on_progress=on_progress)
+
+    async def prepare(self, request: ImageRequest, *, wants_previews: bool = False) -> Prepared:
+        """The drawing a request stands for, without drawing it. Raises as `generate` does before it loads."""
+        # Looking at cards, headers and pixels reads files and runs Pillow: not on the event loop.
+        return await asyncio.to_thread(self._prepare, request, wants_previews=wants_previews)
+
+    async def draw(self, prepared: Prepared, *, on_progress: Callable[[Progress], None] | None = None) -> ImageResult:
+        """The second half of `generate`, for callers who have something to check in between. Draw it once only.
+
+        timings_s["total"] is what the caller waited, with the start of the engine if there was one.
+        """
+        started_s = time.monotonic()
+        drawing = prepared.drawing
+        name = prepared.entry.card.name
+        log.info("job started", extra={"job_id": drawing.job_id, "model": name})
+        result = await self._backend.generate(drawing, on_progress)
+        spent_s = round(time.monotonic() - started_s, 3)
+        log.info("job finished", extra={"job_id": drawing.job_id, "spent_s": spent_s, "rungs": list(result.rungs)})
+        return replace(
+            result,
+            model=name,
+            warnings=tuple(dict.fromkeys(prepared.warnings + result.warnings)),
+            timings_s={**result.timings_s, "total": spent_s},
+        )
+
+    async def cancel(self, job_id: JobId) -> None:
+        """Let the job's `generate` raise JobCancelled; unknown ids are ignored."""
+        await self._backend.cancel(job_id)
+
+    async def close(self) -> None:
+        """End the backend; may be called twice."""
+        await self._backend.close()
+
+    def _prepare(self, request: ImageRequest, *, wants_previews: bool) -> Prepared:
+        entry = self.catalog.resolve(request.model)
+        card = entry.card
+        _check_text(request)
+        sampler = str(parse_sampler(request.sampler or card.sampler))
+        seed = _seed(request)
+        found = self.catalog.inspect(entry)
+
+        warnings: list[str] = []
+        guidance = card.guidance if request.guidance is None else request.guidance
+        _warn_of_ignored(request, card, guidance=guidance, warnings=warnings)
+        t5 = _t5(request, found, warnings)
+        size = _asked_size(request, card, warnings)
+        drawn = _drawn_size(card, *size)
+        if drawn != size:
+            warnings.append(
+                f"drawn at {_x(drawn)} and resized to {_x(size)}: {card.name} draws sides of "
+                f"{card.min_side_px} to {card.max_side_px} px"
+            )
+        drawing = Drawing(
+            job_id=JobId(secrets.token_hex(6)),
+            checkpoint=str(entry.folder),
+            family=card.family,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width_px=drawn[0],
+            height_px=drawn[1],
+            steps=card.steps if request.steps is None else request.steps,
+            guidance=guidance,
+            seed=seed,
+            n_images=request.n_images,
+            sampler=sampler,
+            image=_sized(request.image, drawn),
+            strength=request.strength if request.image is not None else 1.0,
+            mask=_sized(request.mask, drawn),
+            t5=t5,
+            reproducible=request.reproducible,
+            allow_degraded=request.allow_degraded,
+            resize_to=size if drawn != size else None,
+            wants_previews=wants_previews,
+        )
+        return Prepared(drawing=drawing, entry=entry, warnings=tuple(warnings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request with nothing left open, and what its caller should be told."""
+
+    drawing: Drawing
+    entry: Entry
+    warnings: tuple[str, ...]
+
+
+def fit_size(width_px: int, height_px: int, *, area_px: int, min_side_px: int, max_side_px: int) -> tuple[int, int]:
+    """The drawable size closest in shape to the one asked for, and then in area to `area_px`.
+
+    >>> fit_size(512, 512, area_px=128 * 128, min_side_px=96, max_side_px=192)
+    (128, 128)
+    >>> fit_size(1024, 512, area_px=128 * 128, min_side_px=96, max_side_px=192)
+    (192, 96)
+    """
+    shape = math.log(width_px / height_px)
+    first_px = -(-min_side_px // SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX
+    sides = range(first_px, max_side_px + 1, SIDE_MULTIPLE_PX)
+
+    def distance(size: tuple[int, int]) -> float:
+        # A bent shape is seen at once, another area hardly: 4 to 1.
+        return 4 * abs(math.log(size[0] / size[1]) - shape) + abs(math.log(size[0] * size[1] / area_px))
+
+    return min(((w, h) for w in sides for h in sides), key=distance)
+
+
+def _asked_size(request: ImageRequest, card: Card, warnings: list[str]) -> tuple[int, int]:
+    """The size of the finished picture: as asked, else the input picture's, else the card's."""
+    if request.width_px is not None and request.height_px is not None:
+        size = (request.width_px, request.height_px)
+    elif request.image is not None:
+        size = _size_of_input(request.image)
+    else:
+        return card.width_px, card.height_px
+    if request.image is not None and (request.image.width_px, request.image.height_px) != size:
+        given = (request.image.width_px, request.image.height_px)
+        warnings.append(f"the input image was resized from {_x(given)} to {_x(size)}")
+    return size
+
+
+def _size_of_input(image: Picture) -> tuple[int, int]:
+    """The nearest size with sides that can be drawn: multiples of 8, in the range of the domain."""
+    scale = min(1.0, MAX_SIDE_PX / max(image.width_px, image.height_px))
+
+    def side(side_px: int) -> int:
+        return max(MIN_SIDE_PX, math.floor(side_px * scale / SIDE_MULTIPLE_PX + 0.5) * SIDE_MULTIPLE_PX)
+
+    return side(image.width_px), side(image.height_px)
+
+
+def _drawn_size(card: Card, width_px: int, height_px: int) -> tuple[int, int]:
+    """The size given to the model: the one asked for, unless the card says it cannot and resizes."""
+    if not card.resizes or card.min_side_px is None or card.max_side_px is None:
+        return width_px, height_px
+    low_px, high_px = card.min_side_px, card.max_side_px
+    if low_px <= width_px <= high_px and low_px <= height_px <= high_px:
+        return width_px, height_px
+    return fit_size(width_px, height_px, area_px=card.area_px, min_side_px=low_px, max_side_px=high_px)
+
+
+def _sized(picture: Picture | None, size: tuple[int, int]) -> Picture | None:
+    return None if picture is None else pictures.resize(picture, width_px=size[0], height_px=size[1])
+
+
+def _seed(request: ImageRequest) -> int:
+    if request.seed is None:
+        return secrets.randbits(RANDOM_SEED_BITS)
+    if request.seed + request.n_images - 1 > MAX_SEED:
+        raise InvalidValue(
+            "seed",
+            f"{request.seed} leaves no seeds for {request.n_images} pictures",
+            hint=f"use at most {MAX_SEED - request.n_images + 1}",
+        )
+    return request.seed
+
+
+def _check_text(request: ImageRequest) -> None:
+    """A command line may hand over bytes that are no text; no tokenizer and no file takes those."""
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidValue(field, f"character {exc.start + 1} is not valid text", hint="use UTF-8") from exc
+
+
+def _t5(request: ImageRequest, found: Identified, warnings: list[str]) -> T5Use:
+    match found.t5:
+        case "here":
+            return request.t5
+        case "left_out":
+            if request.t5 == "keep":
+                raise UnsupportedByModel(
+                    f"{found.folder} has no T5 text encoder",
+                    hint="get text_encoder_3/ and tokenizer_3/, or leave out t5 'keep'",
+                )
+            if request.t5 == "auto":
+                warnings.append("the T5 text encoder is not here: only the two CLIP encoders read the prompt")
+            return "skip"
+        case "never_had":
+            if request.t5 == "keep":
+                warnings.append("t5 'keep' has no effect: this kind of model has no T5 text encoder")
+            return "auto"
+        case _:
+            assert_never(found.t5)
+
+
+def _warn_of_ignored(request: ImageRequest, card: Card, *, guidance: float, warnings: list[str]) -> None:
+    if request.negative_prompt and "negative_prompt" not in card.ignores and guidance <= 1:
+        warnings.append(f"the negative prompt has no effect at guidance {guidance:g}; use more than 1")
+    used = {
+        "negative_prompt": bool(request.negative_prompt),
+        "guidance": request.guidance is not None,
+        "image": request.image is not None,
+        "mask": request.mask is not None,
+    }
+    warnings.extend(f"{card.name} ignores {name}" for name, is_used in used.items() if is_used and name in card.ignores)
+
+
+def _x(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,59 @@
+"""Drawings for the tests of the backends, and a local backend over a scripted engine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdfleet.backends.local import LocalBackend
+from sdfleet.domain import Drawing, JobId
+from sdfleet.engine.events import EngineOptions
+
+HERE = Path(__file__).resolve().parent
+SRC = HERE.parents[1] / "src"
+
+_numbers = itertools.count(1)
+
+
+def drawing(prompt: str = "draw", **fields: Any) -> Drawing:
+    given: dict[str, Any] = {
+        "job_id": JobId(f"job-{next(_numbers)}"),
+        "checkpoint": "toy",
+        "family": "sd",
+        "prompt": prompt,
+        "negative_prompt": "",
+        "width_px": 32,
+        "height_px": 16,
+        "steps": 4,
+        "guidance": 5.0,
+        "seed": 7,
+        "n_images": 1,
+        "sampler": "euler",
+    }
+    return Drawing(**(given | fields))
+
+
+def endless(**fields: Any) -> Drawing:
+    """Goes on until it is stopped (ScriptedEngine), or for a thousand steps (FakeBackend)."""
+    return drawing("endless", steps=1000, **fields)
+
+
+def child_environment(**more: str) -> Mapping[str, str]:
+    inherited = os.environ  # noqa: TID251
+    return {**inherited, "PYTHONPATH": os.pathsep.join([str(SRC), str(HERE)]), **more}
+
+
+def child_command(engine: str = "ScriptedEngine") -> Sequence[str]:
+    return (sys.executable, "-m", "sdfleet.engine.child", "--engine", f"scripted_engine:{engine}")
+
+
+def scripted_backend(
+    engine: str = "ScriptedEngine", *, env: Mapping[str, str] | None = None, **more: Any
+) -> LocalBackend:
+    """A LocalBackend with a real child process and no torch."""
+    env = child_environment() if env is None else env
+    return LocalBackend(EngineOptions(n_threads=3), command=child_command(engine), env=env, **more)

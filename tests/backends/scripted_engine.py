@@ -1,0 +1,150 @@
+"""Stand-ins for the engine in real child processes, without torch. The first word of a prompt says what happens.
+
+draw            every picture after `steps` steps; pixels depend on seed and picture
+endless         steps until cancelled
+second-life F   endless in the process that creates the file F, drawn in any later one
+die, exit, raise, print, orphan, infinite, unfinished, refuse     see `_misbehave` and `submit`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from sdfleet.domain import Drawing, FinishedPicture, JobId, Picture, Progress, TokenCount
+from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
+from sdfleet.errors import JobCancelled, UnsupportedByModel
+
+SECOND_STEP = 2
+
+
+class ScriptedEngine:
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._drawings: dict[JobId, Drawing] = {}
+        self._steps: dict[JobId, int] = {}
+        self._cancelled: list[JobId] = []
+        self._n_done = 0
+        if "ALIVE_FIFO" in os.environ:  # noqa: TID251 - its reader sees the end of file when this process is gone
+            os.open(os.environ["ALIVE_FIFO"], os.O_WRONLY)  # noqa: TID251
+
+    def submit(self, drawing: Drawing) -> None:
+        if drawing.prompt == "refuse":
+            raise UnsupportedByModel("this checkpoint cannot do that", hint="take another")
+        if drawing.prompt.startswith("second-life"):
+            marker = Path(drawing.prompt.split(maxsplit=1)[1])
+            drawing = replace(drawing, prompt="draw" if marker.exists() else "endless")
+            marker.touch()
+        self._drawings[drawing.job_id] = drawing
+        self._steps[drawing.job_id] = 0
+
+    def cancel(self, job_id: JobId) -> None:
+        if job_id in self._drawings:
+            self._cancelled.append(job_id)
+
+    def watch(self, job_id: JobId, *, previews: bool) -> None:
+        if job_id in self._drawings:
+            self._drawings[job_id] = replace(self._drawings[job_id], wants_previews=previews)
+
+    def step(self) -> list[Event]:
+        time.sleep(0.001)  # the work of a step
+        events: list[Event] = [
+            JobFailed(job_id=job_id, error=JobCancelled(f"job {job_id} was cancelled"))
+            for job_id in self._cancelled
+            if self._drawings.pop(job_id, None) is not None
+        ]
+        self._cancelled.clear()
+        for drawing in list(self._drawings.values()):
+            events += self._draw(drawing)
+        return events
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._drawings
+
+    def facts(self) -> Mapping[str, object]:
+        return {"device": "scripted", "threads": self._options.n_threads, "n_done": self._n_done}
+
+    def close(self) -> None:
+        sys.stderr.write("scripted engine closed\n")
+
+    def _draw(self, drawing: Drawing) -> list[Event]:
+        self._steps[drawing.job_id] += 1
+        step = self._steps[drawing.job_id]
+        if step == SECOND_STEP:
+            _misbehave(drawing.prompt)
+        if drawing.prompt == "endless":
+            step = min(step, drawing.steps - 1)
+        events: list[Event] = [_progress(drawing, i, step) for i in range(drawing.n_images)]
+        if step < drawing.steps:
+            return events
+        del self._drawings[drawing.job_id]
+        self._n_done += 1
+        shown = drawing.n_images - (drawing.prompt == "unfinished")
+        events += [_picture_done(drawing, i) for i in reversed(range(shown))]
+        tokens = (TokenCount(encoder="scripted", n_tokens=1, window=77, n_chunks=1),)
+        timings_s = {"denoise": 0.5, "total": 1.0}
+        done = JobDone(job_id=drawing.job_id, timings_s=timings_s, tokens=tokens, warnings=("scripted",), device="cpu")
+        return [*events, done]
+
+
+class RefusingEngine(ScriptedEngine):
+    """An engine that cannot be built."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        raise UnsupportedByModel("there is no such device", hint="take the CPU")
+
+
+class StuckEngine(ScriptedEngine):
+    """An engine whose start takes for ever; ends with its stdin, which is at its end."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        signal.pause()
+
+
+def _misbehave(prompt: str) -> None:
+    match prompt:
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os.write(2, b"first words\nlast words\n")
+            os._exit(3)
+        case "raise":
+            raise RuntimeError("boom")
+        case "print":
+            print("a library says hello")  # noqa: T201
+            os.write(1, b"and so does its C code\n")
+            subprocess.run([sys.executable, "-c", "print('and its process')"], check=True)
+        case "orphan":
+            subprocess.Popen(["sleep", "20"])
+            os._exit(4)
+        case _:
+            pass
+
+
+def _progress(drawing: Drawing, image_index: int, step: int) -> Progress:
+    preview = Picture(width_px=1, height_px=1, mode="L", data=bytes([step % 256])) if drawing.wants_previews else None
+    eta_s = float("inf") if drawing.prompt == "infinite" else 1.0
+    return Progress(
+        job_id=drawing.job_id, image_index=image_index, step=step, n_steps=drawing.steps, eta_s=eta_s, preview=preview
+    )
+
+
+def _picture_done(drawing: Drawing, image_index: int) -> PictureDone:
+    width_px, height_px = drawing.resize_to or (drawing.width_px, drawing.height_px)
+    seed = drawing.seed + image_index
+    n_bytes = width_px * height_px * 3
+    data = (hashlib.sha256(str(seed).encode()).digest() * (n_bytes // 32 + 1))[:n_bytes]
+    picture = Picture(width_px=width_px, height_px=height_px, mode="RGB", data=data)
+    return PictureDone(
+        job_id=drawing.job_id, image_index=image_index, finished=FinishedPicture(picture=picture, seed=seed)
+    )

@@ -1,0 +1,237 @@
+"""What holds for every backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from sdfleet.backends.base import Backend
+from sdfleet.backends.fake import FakeBackend
+from sdfleet.domain import Drawing, ImageResult, JobId, Progress
+from sdfleet.errors import BadRequest, EngineDied, JobCancelled
+from tests.backends.drawings import drawing, endless, scripted_backend
+
+Build = Callable[[], Backend]
+
+
+@pytest.fixture(params=[FakeBackend, scripted_backend], ids=["fake", "local"])
+def build(request: pytest.FixtureRequest) -> Build:
+    made: Build = request.param
+    return made
+
+
+def tell(build: Build, story: Callable[[Backend], Awaitable[None]]) -> None:
+    """Run one story with a backend of its own; nothing may be left when it is closed."""
+
+    async def told() -> None:
+        backend = build()
+        try:
+            async with asyncio.timeout(60):
+                await story(backend)
+        finally:
+            await backend.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(told())
+
+
+async def begin(backend: Backend, asked: Drawing) -> asyncio.Task[ImageResult]:
+    """The job's task, once its first step was reported."""
+    begun = asyncio.Event()
+    task = asyncio.create_task(backend.generate(asked, lambda _: begun.set()))
+    await begun.wait()
+    return task
+
+
+def pixels(result: ImageResult) -> list[bytes]:
+    return [image.picture.data for image in result.images]
+
+
+def test_pictures_come_back_in_order_with_their_seeds(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = drawing(seed=41, n_images=3)
+        result = await backend.generate(asked)
+        assert [image.seed for image in result.images] == [41, 42, 43]
+        assert len(set(pixels(result))) == 3
+        assert (result.job_id, result.drawing, result.model) == (asked.job_id, asked, asked.checkpoint)
+        assert {(i.picture.width_px, i.picture.height_px) for i in result.images} == {(32, 16)}
+
+    tell(build, story)
+
+
+def test_the_same_drawing_gives_the_same_pixels(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        first, again, other = [await backend.generate(drawing(seed=seed)) for seed in (5, 5, 6)]
+        assert pixels(first) == pixels(again) != pixels(other)
+
+    tell(build, story)
+
+
+def test_a_picture_is_brought_to_the_size_asked_for(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        result = await backend.generate(drawing(resize_to=(48, 24)))
+        assert (result.images[0].picture.width_px, result.images[0].picture.height_px) == (48, 24)
+
+    tell(build, story)
+
+
+def test_progress_counts_every_step_of_every_picture(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        seen: list[Progress] = []
+        asked = drawing(steps=3, n_images=2)
+        await backend.generate(asked, seen.append)
+        assert {each.job_id for each in seen} == {asked.job_id}
+        for index in range(2):
+            assert [(p.step, p.n_steps) for p in seen if p.image_index == index] == [(1, 3), (2, 3), (3, 3)]
+
+    tell(build, story)
+
+
+@pytest.mark.parametrize("wants", [True, False])
+def test_previews_come_only_when_they_are_wanted(build: Build, wants: bool) -> None:  # noqa: FBT001
+    async def story(backend: Backend) -> None:
+        seen: list[Progress] = []
+        await backend.generate(drawing(wants_previews=wants), seen.append)
+        assert {each.preview is not None for each in seen} == {wants}
+
+    tell(build, story)
+
+
+def test_many_jobs_run_at_once_and_none_gets_the_picture_of_another(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = [drawing(seed=100 * i, n_images=1 + i % 3) for i in range(20)]
+        results = await asyncio.gather(*map(backend.generate, asked))
+        for each, result in zip(asked, results, strict=True):
+            assert [image.seed for image in result.images] == [each.seed + i for i in range(each.n_images)]
+        assert backend.capabilities().n_running == 0
+
+    tell(build, story)
+
+
+def test_a_cancelled_job_raises_and_its_neighbour_goes_on(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = endless()
+        task = await begin(backend, asked)
+        neighbour = asyncio.create_task(backend.generate(drawing(n_images=2)))
+        await backend.cancel(asked.job_id)
+        with pytest.raises(JobCancelled):
+            await task
+        assert len((await neighbour).images) == 2
+
+    tell(build, story)
+
+
+def test_cancelling_an_unknown_job_is_not_an_error(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        await backend.cancel(JobId("nobody"))
+        assert (await backend.generate(drawing())).images
+
+    tell(build, story)
+
+
+def test_a_caller_that_leaves_stops_its_job_which_may_be_asked_for_again(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = endless()
+        task = await begin(backend, asked)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert backend.capabilities().n_running == 0
+        result = await backend.generate(drawing(job_id=asked.job_id))
+        assert result.job_id == asked.job_id
+
+    tell(build, story)
+
+
+def test_a_fault_in_a_progress_callback_ends_that_job_only(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        def fail(_: Progress) -> None:
+            raise ZeroDivisionError
+
+        neighbour = asyncio.create_task(backend.generate(drawing(n_images=2)))
+        with pytest.raises(ZeroDivisionError):
+            await backend.generate(endless(), fail)
+        assert len((await neighbour).images) == 2
+
+    tell(build, story)
+
+
+def test_a_job_id_in_use_is_refused(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = endless()
+        task = await begin(backend, asked)
+        with pytest.raises(BadRequest, match="already"):
+            await backend.generate(asked)
+        await backend.cancel(asked.job_id)
+        await asyncio.wait({task})
+        assert isinstance(task.exception(), JobCancelled)
+
+    tell(build, story)
+
+
+def test_closing_fails_running_jobs_and_later_ones(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        task = await begin(backend, endless())
+        await backend.close()
+        await backend.close()
+        with pytest.raises(EngineDied, match="closed"):
+            await task
+        with pytest.raises(EngineDied, match="closed"):
+            await backend.generate(drawing())
+        assert backend.capabilities().state == "closed"
+
+    tell(build, story)
+
+
+def test_capabilities_say_how_it_stands(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        assert backend.capabilities().state in {"idle", "ready"}
+        task = await begin(backend, endless())
+        now = backend.capabilities()
+        assert (now.state, now.reason, now.n_running, now.n_waiting) == ("ready", "", 1, 0)
+        assert now.tasks == ("txt2img", "img2img", "inpaint")
+        assert "device" in now.facts
+        task.cancel()
+        await asyncio.wait({task})
+
+    tell(build, story)
+
+
+def test_fake_pictures_say_that_they_are() -> None:
+    async def story(backend: Backend) -> None:
+        assert not backend.capabilities().is_real
+        assert "made up" in (await backend.generate(drawing())).warnings[0]
+
+    tell(FakeBackend, story)
+
+
+def test_fake_faults_follow_their_script() -> None:
+    async def story(backend: Backend) -> None:
+        assert (await backend.generate(drawing())).images
+        with pytest.raises(EngineDied, match="scripted"):
+            await backend.generate(drawing())
+        assert (await backend.generate(drawing())).images
+
+    tell(lambda: FakeBackend(script=[None, EngineDied("scripted")]), story)
+
+
+def test_a_fake_job_can_be_held_before_a_step() -> None:
+    async def story(_: Backend) -> None:
+        may_go_on = asyncio.Event()
+
+        async def hold(_: Drawing, step: int) -> None:
+            if step == 2:
+                await may_go_on.wait()
+
+        backend = FakeBackend(before_step=hold)
+        held, cancelled = drawing(), drawing()
+        tasks = [await begin(backend, held), await begin(backend, cancelled)]
+        await backend.cancel(cancelled.job_id)
+        with pytest.raises(JobCancelled):
+            await tasks[1]
+        may_go_on.set()
+        assert (await tasks[0]).images
+
+    tell(FakeBackend, story)

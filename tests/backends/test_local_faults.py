@@ -1,0 +1,432 @@
+"""What happens to jobs when their engine's process misbehaves or dies. Real processes, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from sdfleet.backends.local import DRAWN_AGAIN, LocalBackend
+from sdfleet.domain import ImageResult, Progress
+from sdfleet.engine.events import EngineOptions
+from sdfleet.errors import EngineDied, EngineFailed, JobCancelled, UnsupportedByModel
+from tests.backends.drawings import child_environment, drawing, endless, scripted_backend
+from tests.backends.test_contract import begin, pixels
+
+Story = Callable[[LocalBackend], Awaitable[None]]
+
+
+def tell(story: Story, backend: LocalBackend | None = None) -> None:
+    """Run one story; afterwards the process is gone and no task is left."""
+
+    async def told() -> None:
+        local = scripted_backend() if backend is None else backend
+        try:
+            async with asyncio.timeout(60):
+                await story(local)
+        finally:
+            await local.close()
+        assert local.pid is None
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(told())
+
+
+def kill(backend: LocalBackend, number: int = signal.SIGKILL) -> None:
+    assert backend.pid is not None
+    os.kill(backend.pid, number)
+
+
+def program(code: str) -> Sequence[str]:
+    """A child that is a few lines of Python after the imports; the options come as arguments that it ignores."""
+    return (sys.executable, "-c", f"import os, sys\nfrom sdfleet.engine import wire\n{code}")
+
+
+def test_a_job_whose_process_was_killed_is_drawn_again_and_is_the_same_picture(tmp_path: Path) -> None:
+    async def story(backend: LocalBackend) -> None:
+        undisturbed = await backend.generate(drawing(seed=3, n_images=2))
+        first_pid = backend.pid
+        task = await begin(backend, drawing(f"second-life {tmp_path / 'died'}", seed=3, n_images=2))
+        kill(backend)
+        again = await task
+        assert backend.pid != first_pid
+        assert pixels(again) == pixels(undisturbed)
+        assert DRAWN_AGAIN in again.warnings
+        assert DRAWN_AGAIN not in undisturbed.warnings
+
+    tell(story)
+
+
+def test_every_job_in_flight_survives_one_death(tmp_path: Path) -> None:
+    async def story(backend: LocalBackend) -> None:
+        asked = [drawing(f"second-life {tmp_path / str(i)}", seed=i) for i in range(4)]
+        tasks = [await begin(backend, each) for each in asked]
+        kill(backend)
+        results = await asyncio.gather(*tasks)
+        assert [result.images[0].seed for result in results] == [0, 1, 2, 3]
+
+    tell(story)
+
+
+def test_a_job_that_kills_its_process_fails_alone(tmp_path: Path) -> None:
+    async def story(backend: LocalBackend) -> None:
+        neighbours = [await begin(backend, drawing(f"second-life {tmp_path / str(i)}")) for i in range(3)]
+        guilty = asyncio.create_task(backend.generate(drawing("die")))
+        newcomer = asyncio.create_task(backend.generate(drawing()))
+        with pytest.raises(EngineDied, match="was killed by SIGKILL while it drew this job, 2 times") as caught:
+            await guilty
+        assert "out of memory" in caught.value.hint
+        for task in [*neighbours, newcomer]:
+            assert (await task).images
+        assert (await backend.generate(drawing())).images
+
+    tell(story)
+
+
+def test_an_exit_code_and_the_last_words_are_told() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match="ended with exit code 3 while it drew") as caught:
+            await backend.generate(drawing("exit"))
+        assert caught.value.hint == "its last words: first words / last words"
+
+    tell(story)
+
+
+def test_an_exception_that_escapes_a_step_is_told() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match=r"exit code 70 \(the engine's process met a fault: RuntimeError: boom\)"):
+            await backend.generate(drawing("raise"))
+        assert (await backend.generate(drawing())).images
+
+    tell(story)
+
+
+def test_a_refused_job_leaves_its_neighbours_alone() -> None:
+    async def story(backend: LocalBackend) -> None:
+        neighbour = asyncio.create_task(backend.generate(drawing()))
+        with pytest.raises(UnsupportedByModel) as caught:
+            await backend.generate(drawing("refuse"))
+        assert caught.value.hint == "take another"
+        assert DRAWN_AGAIN not in (await neighbour).warnings
+
+    tell(story)
+
+
+def test_what_a_library_prints_disturbs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(backend: LocalBackend) -> None:
+        assert (await backend.generate(drawing("print"))).images
+
+    with caplog.at_level(logging.DEBUG, "sdfleet.backends.process"):
+        tell(story)
+    assert "and so does its C code" in {getattr(record, "line", "") for record in caplog.records}
+
+
+def test_an_event_that_cannot_be_sent_fails_its_job_only() -> None:
+    async def story(backend: LocalBackend) -> None:
+        neighbour = await begin(backend, drawing(steps=50))
+        with pytest.raises(EngineFailed, match="could not be sent"):
+            await backend.generate(drawing("infinite"))
+        assert DRAWN_AGAIN not in (await neighbour).warnings
+
+    tell(story)
+
+
+def test_a_job_called_done_without_its_pictures_fails() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineFailed, match=r"sent pictures \[0\] of 2"):
+            await backend.generate(drawing("unfinished", n_images=2))
+
+    tell(story)
+
+
+def test_a_process_that_dies_idle_costs_no_job() -> None:
+    async def story(backend: LocalBackend) -> None:
+        await backend.generate(drawing())
+        first_pid = backend.pid
+        kill(backend)
+        result = await backend.generate(drawing())
+        assert backend.pid != first_pid
+        assert result.images
+
+    tell(story)
+
+
+def test_a_job_cancelled_while_its_process_dies_is_not_drawn_again() -> None:
+    async def story(backend: LocalBackend) -> None:
+        asked = endless()
+        task = await begin(backend, asked)
+        kill(backend, signal.SIGSTOP)  # so that the answer to the cancel cannot come first
+        await backend.cancel(asked.job_id)
+        kill(backend)
+        with pytest.raises(JobCancelled):
+            await task
+
+    tell(story)
+
+
+def test_a_job_cancelled_before_the_process_is_ready_is_never_sent() -> None:
+    async def story(backend: LocalBackend) -> None:
+        asked = drawing("die")
+        task = asyncio.create_task(backend.generate(asked))
+        neighbour = asyncio.create_task(backend.generate(drawing()))
+        await asyncio.sleep(0)  # both have begun to wait
+        await backend.cancel(asked.job_id)
+        with pytest.raises(JobCancelled):
+            await task
+        assert DRAWN_AGAIN not in (await neighbour).warnings
+
+    tell(story)
+
+
+def test_previews_can_be_asked_for_later() -> None:
+    async def story(backend: LocalBackend) -> None:
+        asked = endless()
+        begun, shown = asyncio.Event(), asyncio.Event()
+
+        def look(progress: Progress) -> None:
+            begun.set()
+            if progress.preview is not None:
+                shown.set()
+
+        task = asyncio.create_task(backend.generate(asked, look))
+        await begun.wait()
+        assert not shown.is_set()
+        await backend.watch(asked.job_id, previews=True)
+        await shown.wait()
+        await backend.cancel(asked.job_id)
+        await asyncio.wait({task})
+        assert isinstance(task.exception(), JobCancelled)
+
+    tell(story)
+
+
+def test_ctrl_c_in_the_terminal_does_not_end_the_engine() -> None:
+    async def story(backend: LocalBackend) -> None:
+        task = await begin(backend, drawing(steps=50))
+        kill(backend, signal.SIGINT)
+        assert DRAWN_AGAIN not in (await task).warnings
+
+    tell(story)
+
+
+def test_a_process_of_the_engine_that_outlives_it_keeps_nobody_waiting() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match="exit code 4"):
+            await backend.generate(drawing("orphan"))
+
+    tell(story)
+
+
+# -------------------- the start
+
+
+def test_an_engine_that_cannot_be_built_fails_waiting_jobs_at_once() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(UnsupportedByModel, match="no such device"):
+            await backend.generate(drawing())
+        now = backend.capabilities()
+        assert now.state == "unavailable"
+        assert "take the CPU" in now.reason
+
+    tell(story, scripted_backend("RefusingEngine"))
+
+
+def test_start_raises_what_a_first_job_would_have_met() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineFailed, match="has no attribute 'NoSuchEngine'"):
+            await backend.start()
+
+    tell(story, scripted_backend("NoSuchEngine"))
+
+
+def test_start_makes_the_process_ready() -> None:
+    async def story(backend: LocalBackend) -> None:
+        assert backend.capabilities().state == "idle"
+        await backend.start()
+        await backend.start()
+        now = backend.capabilities()
+        assert (now.state, now.facts["threads"]) == ("ready", 3)
+
+    tell(story)
+
+
+def test_an_engine_that_does_not_get_ready_in_time_is_ended() -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match=r"was not ready within 0\.5 s"):
+            await backend.generate(drawing())
+
+    tell(story, scripted_backend("StuckEngine", start_deadline_s=0.5))
+
+
+def test_closing_does_not_wait_for_an_engine_that_is_starting() -> None:
+    async def story(backend: LocalBackend) -> None:
+        task = asyncio.create_task(backend.generate(drawing()))
+        await asyncio.sleep(0)  # the task has begun
+        await backend.close()
+        with pytest.raises(EngineDied, match="closed"):
+            await task
+
+    tell(story, scripted_backend("StuckEngine"))
+
+
+def test_a_program_that_is_not_there_is_told() -> None:
+    async def story(backend: LocalBackend) -> None:
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="/nowhere/python could not be started"):
+                await backend.generate(drawing())
+
+    tell(story, LocalBackend(EngineOptions(), command=["/nowhere/python"]))
+
+
+OTHER_PROTOCOL = """
+header = b'{"type":"ready","blobs":[],"protocol":99}'
+os.write(1, len(header).to_bytes(4, "big") + header)
+sys.stdin.buffer.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("print('hello', flush=True); sys.stdin.buffer.read()", "sent what is not a message .*no header length"),
+        ("sys.exit('no room')", "ended with exit code 1 before it was ready; its last words: no room"),
+        ("os.close(1); os.close(2); sys.stdin.buffer.read()", "closed its pipes and stayed"),
+        (OTHER_PROTOCOL, "speaks protocol 99"),
+    ],
+)
+def test_a_child_that_does_not_speak_our_language_is_ended(
+    code: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdfleet.backends.process.EXIT_DEADLINE_S", 0.2)
+
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match=why):
+            await backend.generate(drawing())
+
+    tell(story, LocalBackend(EngineOptions(), command=program(code), env=child_environment()))
+
+
+def test_garbage_in_the_middle_of_a_job_is_a_death(tmp_path: Path) -> None:
+    """The first life answers a job with garbage, the second with an error."""
+    marker = tmp_path / "lived"
+    code = f"""
+from sdfleet.engine.events import JobFailed
+from sdfleet.errors import UnsupportedByModel
+say = lambda report: os.writev(1, wire.encode(report))
+say(wire.Ready())
+job_id = wire.read_command(sys.stdin.buffer.read).drawing.job_id
+if os.path.exists({str(marker)!r}):
+    say(JobFailed(job_id=job_id, error=UnsupportedByModel('second life')))
+else:
+    open({str(marker)!r}, 'w').close()
+    os.write(1, b'garbage!')
+sys.stdin.buffer.read()
+"""
+
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(UnsupportedByModel, match="second life"):
+            await backend.generate(drawing())
+
+    tell(story, LocalBackend(EngineOptions(), command=program(code), env=child_environment()))
+
+
+def test_a_broken_report_fails_its_job_only() -> None:
+    code = """
+from sdfleet.engine.events import JobFailed
+from sdfleet.errors import UnsupportedByModel
+say = lambda report: os.writev(1, wire.encode(report))
+say(wire.Ready())
+read = sys.stdin.buffer.read
+first = wire.read_command(read).drawing.job_id
+second = wire.read_command(read).drawing.job_id
+h = ('{"type":"progress","blobs":[],"job_id":"' + first + '","step":"many"}').encode()
+os.write(1, len(h).to_bytes(4, 'big') + h)
+assert wire.read_command(read) == wire.Cancel(job_id=first)
+say(JobFailed(job_id=second, error=UnsupportedByModel('undisturbed')))
+read()
+"""
+
+    async def story(backend: LocalBackend) -> None:
+        first = asyncio.create_task(backend.generate(drawing()))
+        second = asyncio.create_task(backend.generate(drawing()))
+        with pytest.raises(EngineFailed, match="made no sense"):
+            await first
+        with pytest.raises(UnsupportedByModel, match="undisturbed"):
+            await second
+
+    tell(story, LocalBackend(EngineOptions(), command=program(code), env=child_environment()))
+
+
+# -------------------- the end
+
+PARENT = """
+import asyncio, sys
+from tests.backends.drawings import endless, scripted_backend
+async def main():
+    backend = scripted_backend({arguments})
+    await backend.generate(endless(), lambda _: print("drawing", flush=True))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_no_process_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> None:
+    """The engine holds a FIFO open for writing; its reader sees the end of file when the engine is gone."""
+    fifo = tmp_path / "alive"
+    os.mkfifo(fifo)
+    repository = Path(__file__).resolve().parents[2]
+    environment = child_environment(ALIVE_FIFO=str(fifo))
+    environment = {**environment, "PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{repository}"}
+    command = [sys.executable, "-c", PARENT.format(arguments=f"env={dict(environment)!r}")]
+    with (
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as parent,
+        fifo.open("rb") as alive,
+    ):
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"drawing\n"
+        if number == signal.SIGINT:
+            os.killpg(parent.pid, number)  # as a terminal does
+        else:
+            parent.send_signal(number)
+        parent.stdout.close()
+        assert alive.read() == b""
+
+
+def test_closing_ends_a_process_that_ignores_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdfleet.backends.local.TERMINATE_DEADLINE_S", 0.1)
+    code = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.writev(1, wire.encode(wire.Ready()))
+signal.pause()
+"""
+    backend = LocalBackend(EngineOptions(), command=program(code), env=child_environment(), close_deadline_s=0.1)
+
+    async def story(local: LocalBackend) -> None:
+        await local.start()
+
+    tell(story, backend)
+
+
+def test_the_engine_is_closed_in_peace(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(backend: LocalBackend) -> None:
+        result: ImageResult = await backend.generate(drawing())
+        assert result.timings_s["total"] == 1.0
+
+    with caplog.at_level(logging.DEBUG, "sdfleet.backends"):
+        tell(story)
+    assert "scripted engine closed" in {getattr(record, "line", "") for record in caplog.records}
+    assert "engine process ended" not in {record.message for record in caplog.records}

@@ -1,0 +1,46 @@
+"""What every test may lean on: toy checkpoints on disk, and libraries that neither phone nor chatter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub, which reads these once; child processes inherit them.
+os.environ.update(  # noqa: TID251 - tests set the stage
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TQDM_DISABLE="1",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for what a library does inside itself and nobody here can change."""
+    # diffusers 0.42.1 hands a torch 2.13 tensor to numpy 2 in the constructor of EulerDiscreteScheduler.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoints("sd15")` is the folder of that toy checkpoint, written when first asked for; read it only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(name: str) -> Path:
+        # Imported here: tests that need no checkpoint must not pay for torch and diffusers.
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        from tests import tiny
+
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        path = root / name
+        return path if path.exists() else tiny.write(name, root)
+
+    return folder
