@@ -12,6 +12,7 @@ ALLOW_CUDA =
 PROMPT = a red circle to the left of a blue square on a yellow background
 PY = .venv/bin/python
 INSTALLED = .venv/installed
+CLI_REFERENCE = $(PY) -m typer sdfleet.cli.main utils docs --name sdfleet
 PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
 help: ## list the commands
@@ -34,6 +35,9 @@ bench: $(INSTALLED) ## measure this machine with the built-in model
 starter: $(INSTALLED) ## train the built-in model again, from nothing (hours on a CPU)
 	@$(PY) -m sdfleet train starter
 
+docs: $(INSTALLED) ## write docs/cli.md again, from the commands themselves
+	@$(CLI_REFERENCE) > docs/cli.md
+
 clean: ## remove .venv, caches, build folders and the demo picture; finished pictures stay
 	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo*.png
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -46,6 +50,7 @@ static: $(INSTALLED)
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@.venv/bin/lint-imports --no-logo
+	@$(CLI_REFERENCE) | diff -u docs/cli.md - || { echo "docs/cli.md is not what the commands say: make docs"; exit 1; }
 	@$(PY) -m pip check
 	@find src tests -name '*.py' -exec wc -l {} + | \
 	  awk '$$2 != "total" && $$1 > 500 { print $$2 " has " $$1 " lines; more than 500 is a sign of a second noun" }'
@@ -93,4 +98,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED); \
 	echo "Installed in $$(( $$(date +%s) - start )) s."
 
-.PHONY: help demo test check bench starter clean static wheel
+.PHONY: help demo test check bench starter docs clean static wheel

@@ -27,9 +27,20 @@ from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import EngineOptions, JobFailed, PictureDone
 
 PROMPTS = (
-    "a red circle on a blue background", "two yellow stars", "a green house with a red roof", "a blue fish",
-    "a purple heart above an orange square", "a snowman with a red scarf", "mountains at sunset", "a white ring on black",
-)  # fmt: skip
+    "a red circle on a blue background",
+    "two yellow stars",
+    "a green house with a red roof",
+    "a blue fish",
+    "a purple heart above an orange square",
+    "a snowman with a red scarf",
+    "mountains at sunset",
+    "a white ring on black",
+)
+CLASSES = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++_2m": diffusers.DPMSolverMultistepScheduler,
+}
 
 
 def mixed_requests(n: int, base: Drawing) -> list[Drawing]:
@@ -52,12 +63,6 @@ def mixed_requests(n: int, base: Drawing) -> list[Drawing]:
 class Plain:
     """What a script without us does."""
 
-    CLASSES = {
-        "ddim": diffusers.DDIMScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "dpm++_2m": diffusers.DPMSolverMultistepScheduler,
-    }
-
     def __init__(self, folder: Path) -> None:
         self._pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         self._pipe.set_progress_bar_config(disable=True)
@@ -67,7 +72,7 @@ class Plain:
         """Pictures [h, w, 3] uint8, one request after another."""
         drawn = []
         for one in drawings:
-            self._pipe.scheduler = self.CLASSES[one.sampler].from_config(self._config)
+            self._pipe.scheduler = CLASSES[one.sampler].from_config(self._config)
             image = self._pipe(
                 one.prompt,
                 width=one.width_px,

@@ -23,6 +23,11 @@ def start_logging(level: str = "warning", *, as_json: bool = False, stream: Text
     ours.addHandler(handler)
     ours.setLevel(level.upper())
     ours.propagate = False
+    # Libraries warn about what our user cannot change (Pillow: odd EXIF); seen only where everything is.
+    logging.captureWarnings(capture=True)
+    theirs = logging.getLogger("py.warnings")
+    theirs.handlers = [handler] if level == "debug" else [logging.NullHandler()]
+    theirs.propagate = False
 
 
 class TextLine(logging.Formatter):

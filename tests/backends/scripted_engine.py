@@ -3,12 +3,13 @@
 draw            every picture after `steps` steps; pixels depend on seed and picture
 endless         steps until cancelled
 second-life F   endless in the process that creates the file F, drawn in any later one
-die, exit, raise, print, orphan, infinite, unfinished, refuse     see `_misbehave` and `submit`
+die, exit, raise, print, log, orphan, infinite, unfinished, refuse     see `_misbehave` and `submit`
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from pathlib import Path
 from sdfleet.domain import Drawing, FinishedPicture, JobId, Picture, Progress, TokenCount
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
 from sdfleet.errors import JobCancelled, UnsupportedByModel
+
+log = logging.getLogger("sdfleet.scripted")
 
 SECOND_STEP = 2
 
@@ -111,6 +114,13 @@ class StuckEngine(ScriptedEngine):
         signal.pause()
 
 
+class LingeringEngine(ScriptedEngine):
+    """An engine that never gives the device back."""
+
+    def close(self) -> None:
+        signal.pause()
+
+
 def _misbehave(prompt: str) -> None:
     match prompt:
         case "die":
@@ -124,6 +134,8 @@ def _misbehave(prompt: str) -> None:
             print("a library says hello")  # noqa: T201
             os.write(1, b"and so does its C code\n")
             subprocess.run([sys.executable, "-c", "print('and its process')"], check=True)
+        case "log":
+            log.warning("memory is short", extra={"rung": "tile_vae"})
         case "orphan":
             subprocess.Popen(["sleep", "20"])
             os._exit(4)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sdfleet.backends.local import DRAWN_AGAIN, LocalBackend
-from sdfleet.domain import ImageResult, Progress
+from sdfleet.domain import ImageResult, Picture, Progress
 from sdfleet.engine.events import EngineOptions
 from sdfleet.errors import EngineDied, EngineFailed, JobCancelled, UnsupportedByModel
 from tests.backends.drawings import child_environment, drawing, endless, scripted_backend
@@ -108,6 +108,29 @@ def test_an_exception_that_escapes_a_step_is_told() -> None:
     tell(story)
 
 
+def test_an_engine_that_stays_after_a_fault_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdfleet.backends.local.FAULT_DEADLINE_S", 0.1)
+
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match=r"stayed after a fault and was ended .*boom"):
+            await backend.generate(drawing("raise"))
+
+    tell(story, scripted_backend("LingeringEngine"))
+
+
+def test_large_pictures_pass_whole_in_both_directions() -> None:
+    side_px = 2048
+    image = Picture(width_px=side_px, height_px=side_px, mode="RGB", data=bytes(side_px * side_px * 3))
+
+    async def story(backend: LocalBackend) -> None:
+        asked = [drawing(width_px=side_px, height_px=side_px, image=image, seed=seed) for seed in (1, 2)]
+        first, second = await asyncio.gather(*map(backend.generate, asked))
+        assert len(pixels(first)[0]) == side_px * side_px * 3
+        assert pixels(first) != pixels(second)
+
+    tell(story)
+
+
 def test_a_refused_job_leaves_its_neighbours_alone() -> None:
     async def story(backend: LocalBackend) -> None:
         neighbour = asyncio.create_task(backend.generate(drawing()))
@@ -126,6 +149,15 @@ def test_what_a_library_prints_disturbs_nothing(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.DEBUG, "sdfleet.backends.process"):
         tell(story)
     assert "and so does its C code" in {getattr(record, "line", "") for record in caplog.records}
+
+
+def test_records_of_the_engine_are_logged_here_under_their_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(backend: LocalBackend) -> None:
+        assert (await backend.generate(drawing("log"))).images
+
+    tell(story)
+    (record,) = [record for record in caplog.records if record.name == "sdfleet.scripted"]
+    assert (record.levelname, record.message, vars(record)["rung"]) == ("WARNING", "memory is short", "tile_vae")
 
 
 def test_an_event_that_cannot_be_sent_fails_its_job_only() -> None:
@@ -263,6 +295,19 @@ def test_an_engine_that_does_not_get_ready_in_time_is_ended() -> None:
             await backend.generate(drawing())
 
     tell(story, scripted_backend("StuckEngine", start_deadline_s=0.5))
+
+
+def test_the_deadline_of_the_start_is_none_for_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        backend = scripted_backend()
+        await backend.start()
+        loop = asyncio.get_running_loop()
+        now_s = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now_s() + 1000)
+        assert DRAWN_AGAIN not in (await backend.generate(drawing(steps=50))).warnings
+        await backend.close()
+
+    asyncio.run(story())
 
 
 def test_closing_does_not_wait_for_an_engine_that_is_starting() -> None:

@@ -36,7 +36,7 @@ def test_stops_at_the_knee() -> None:
 
 
 def test_a_given_limit_is_kept_whatever_is_measured() -> None:
-    assert settle(Batcher(max_rows=6), candidates(20), lambda n_rows: 0.02) == 6
+    assert settle(Batcher(max_rows=6), candidates(20), lambda _n_rows: 0.02) == 6
 
 
 def test_memory_bounds_the_rows() -> None:
@@ -81,9 +81,7 @@ def test_a_key_that_was_away_does_not_take_the_device_to_catch_up() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from((1, 2)), st.integers(0, 9)), min_size=1, max_size=30
-    ),
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from((1, 2)), st.integers(0, 9)), min_size=1, max_size=30),
     st.integers(1, 64),
 )
 def test_every_batch_is_of_one_key_within_the_limit_and_everyone_gets_a_turn(

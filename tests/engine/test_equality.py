@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "task", "sampler"), CASES)
 def test_alone_a_picture_equals_diffusers_own(name: str, task: str, sampler: str, checkpoints: Checkpoints) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "txt2img": {},
         "img2img": {"image": photo(), "strength": 0.7},
         "inpaint": {"image": photo(), "mask": square_mask(), "strength": 0.8},

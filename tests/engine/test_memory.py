@@ -23,10 +23,10 @@ def planned(free_gb: float, **changes: Any) -> MemoryPlan:
     [(16, "all", False), (9, "all", True), (7, "by_phase", False), (2.5, None, None)],
 )
 def test_the_fastest_arrangement_that_fits_is_taken(
-    free_gb: float, residency: str | None, tile_vae: bool | None
+    *, free_gb: float, residency: str | None, tile_vae: bool | None
 ) -> None:
     if residency is None:
-        with pytest.raises(OutOfMemory, match="needs 5.6 GB"):
+        with pytest.raises(OutOfMemory, match=r"needs 5\.6 GB"):
             planned(free_gb)
     else:
         chosen = planned(free_gb)

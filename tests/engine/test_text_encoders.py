@@ -240,7 +240,9 @@ def test_pooled_vector_is_that_of_the_first_window(encoders: Callable[[str], Enc
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd3-no-t5"])
-@pytest.mark.parametrize(("positive", "negative"), [(LONG, NEGATIVE), (PROMPT, LONG), (LONG, "")])
+@pytest.mark.parametrize(
+    ("positive", "negative"), [(LONG, NEGATIVE), (PROMPT, LONG), (LONG, ""), ("castle " * 300, NEGATIVE)]
+)
 def test_pair_has_one_length_and_its_longer_half_is_as_if_alone(
     encoders: Callable[[str], Encoders], name: str, positive: str, negative: str
 ) -> None:
@@ -332,6 +334,13 @@ def test_room_holds_the_longest_of_all_encoders(encoders: Callable[[str], Encode
     room = room_for([PLAIN, parse_prompt("castle " * 300)], clips=made.clips, t5=made.t5)
     assert room.t5_length == 320
     assert room.n_chunks > 1
+
+
+def test_room_follows_the_encoder_with_the_smallest_window(sd15: ClipEncoder) -> None:
+    tokenizer = type(sd15.tokenizer).from_pretrained(sd15.tokenizer.name_or_path, model_max_length=12)
+    small = ClipEncoder(name="clip_g", tokenizer=tokenizer, module=sd15.module, layer="last")
+    prompt = parse_prompt("abcdef ghijklm")
+    assert [room_for([prompt], clips=clips).n_chunks for clips in ([sd15], [small], [sd15, small])] == [1, 2, 2]
 
 
 def test_float16_never_runs_on_a_cpu(encoders: Callable[[str], Encoders]) -> None:

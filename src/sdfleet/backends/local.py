@@ -30,6 +30,8 @@ MAX_DEATHS = 2
 START_DEADLINE_S = 120.0
 # A step of the largest model on a CPU may be longer; then the process is terminated, which loses nothing.
 CLOSE_DEADLINE_S = 5.0
+# From the child's word that it cannot go on to its end.
+FAULT_DEADLINE_S = 10.0
 # From SIGTERM to SIGKILL.
 TERMINATE_DEADLINE_S = 2.0
 
@@ -56,7 +58,8 @@ class _Job:
 class LocalBackend:
     """Draws in a child process; see `Backend` for the face. Belongs to one event loop.
 
-    command: the program that speaks `engine/wire.py`; `--options <JSON>` is appended. None is our own engine.
+    command: the program that speaks `engine/wire.py`; `--options <JSON> --log-level <name>` is appended. None is our
+    own engine; (python, "-m", "sdfleet.engine.child", "--engine", "module:attribute") another in the same frame.
     env: the process's whole environment; None lets it inherit ours.
     """
 
@@ -264,7 +267,8 @@ class LocalBackend:
                 try:
                     await self._converse(process)
                 except TimeoutError:
-                    is_late = True
+                    is_late = process.fault is None
+                    process.why = "was late" if is_late else "stayed after a fault"
                     process.kill()
                 except wire.BrokenStream as exc:
                     process.why = f"sent what is not a message ({exc})"
@@ -282,7 +286,7 @@ class LocalBackend:
             self._bury(process, is_late=is_late)
 
     async def _converse(self, process: EngineProcess) -> None:
-        """Until the process has no more to say. Raises BrokenStream, or TimeoutError if it is not ready in time."""
+        """Until the process has no more to say. Raises BrokenStream, or TimeoutError for a late Ready or a late end."""
         async with asyncio.timeout(0 if self._is_closed else self._start_deadline_s) as deadline:
             while True:
                 try:
@@ -299,6 +303,7 @@ class LocalBackend:
                         self._facts = facts
                     case wire.Fault(error=error):
                         process.fault = error
+                        deadline.reschedule(asyncio.get_running_loop().time() + FAULT_DEADLINE_S)
                     case Progress() | PictureDone() | JobDone() | JobFailed():
                         self._route(report)
                     case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -50,10 +51,16 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str], *, env: Mapping[str, str] | None) -> EngineProcess:
-        """Start the program. Raises OSError."""
+        """Start the program, with `--log-level <ours>` appended. Raises OSError."""
         loop = asyncio.get_running_loop()
+        arguments = (*command, "--log-level", _level_for_child())
         transport, pipes = await loop.subprocess_exec(
-            lambda: _Pipes(limit=PIPE_BUFFER_BYTES, loop=loop), *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env
+            lambda: _Pipes(limit=PIPE_BUFFER_BYTES, loop=loop),
+            *arguments,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=env,
         )
         return cls(transport, pipes)
 
@@ -129,16 +136,40 @@ class EngineProcess:
 
     def _keep(self, lines: Sequence[str]) -> None:
         for line in lines:
-            if line.strip():
-                self.last_lines.append(line.rstrip()[:MAX_LINE_CHARS])
-                # Libraries quote prompts in their warnings, so this stays at DEBUG.
-                log.debug("engine wrote to stderr", extra={"pid": self.pid, "line": line.rstrip()[:MAX_LINE_CHARS]})
+            text = line.rstrip()[:MAX_LINE_CHARS]
+            if text:
+                self.last_lines.extend(self._relay(line) or [text])
+
+    def _relay(self, line: str) -> list[str]:
+        """Log a record of the child under its own name and level; gives what it said, [] if it was no record."""
+        try:
+            record = json.loads(line) if line.startswith('{"at"') else {}
+            level, logger, message = _LEVELS[record.pop("level")], str(record.pop("logger")), str(record.pop("message"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # Libraries quote prompts in their warnings, so this stays at DEBUG.
+            log.debug("engine wrote to stderr", extra={"pid": self.pid, "line": line.rstrip()[:MAX_LINE_CHARS]})
+            return []
+        traceback = str(record.pop("traceback", ""))
+        facts = {name: value for name, value in record.items() if name not in _RESERVED}
+        logging.getLogger(logger).log(level, message, extra=facts | ({"traceback": traceback} if traceback else {}))
+        return [message, *filter(None, traceback.splitlines()[-3:])]
 
     def _signal(self, number: signal.Signals) -> None:
         # Not the transport's `send_signal`: that polls, and may take the exit code from asyncio's own watcher.
         if not self._exited.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# Names that `extra` must not use, and the child's clock, which is ours.
+_RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "at"}
+
+
+def _level_for_child() -> str:
+    """The level that lets everything through which our own logging would show."""
+    ours = logging.getLogger("sdfleet").getEffectiveLevel()
+    return next((name for name, level in _LEVELS.items() if level >= ours), "error")
 
 
 class _Pipes(SubprocessStreamProtocol):

@@ -146,7 +146,9 @@ class Catalog:
         except FileNotFoundError:
             return ()
         except OSError as exc:
-            raise CheckpointError(f"{self._models_folder} cannot be read: {exc.strerror or exc}") from exc
+            raise CheckpointError(
+                f"{self._models_folder} cannot be read: {exc.strerror or exc}", hint="set SD_HOME to another folder"
+            ) from exc
         return tuple(sorted(name for name in names if is_name(name)))
 
     def _imported(self, name: str) -> Entry:
@@ -173,7 +175,13 @@ def _starter_folder() -> Path:
         raise CheckpointNotFound(
             "the built-in model is not part of this installation", hint="install sdfleet again"
         ) from exc
-    return Path(weights_path())
+    folder = Path(weights_path())
+    if not folder.is_dir():
+        raise CheckpointNotFound(
+            f"the weights of the built-in model are not at {folder}",
+            hint="install sdfleet again, or make them with `sdfleet train starter`",
+        )
+    return folder
 
 
 def read_card(path: Path) -> Card:

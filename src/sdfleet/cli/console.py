@@ -5,7 +5,6 @@ Only typer and the standard library are imported when this file is: `sdfleet --h
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import traceback
@@ -61,6 +60,8 @@ def start(**given: object) -> Settings:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """The result of the work; Ctrl-C cancels it, lets it clean up, and comes out as KeyboardInterrupt."""
+    import asyncio
+
     return asyncio.run(work)
 
 

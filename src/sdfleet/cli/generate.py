@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -59,19 +60,14 @@ def generate(
             seed=seed, n_images=n, sampler=sampler, image=image, strength=strength, mask=mask, like=like, t5=t5,
             reproducible=reproducible,
         )  # fmt: skip
-        result, saved = console.run(_draw(settings, request, output=output, format=format))
-        if as_json:
-            console.say_json(_answer(result, saved))
-            return
-        for warning in result.warnings:
-            console.note(f"warning: {warning}")
-        if inline:
-            _show_inline(result)
-        for one in saved:
-            console.say(f"saved {one.path}  seed {one.seed}")
-        what = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
-        where = ", ".join(filter(None, (result.device, result.dtype)))
-        console.say(f"{what} in {result.timings_s['total']:.2f} s" + (f" ({where})" if where else ""))
+
+        def tell(result: ImageResult, saved: tuple[Saved, ...]) -> None:
+            if as_json:
+                console.say_json(_answer(result, saved))
+            else:
+                _tell(result, saved, inline=inline)
+
+        console.run(_draw(settings, request, output=output, format=format, tell=tell))
 
 
 def show(
@@ -92,9 +88,16 @@ def show(
 
 
 async def _draw(
-    settings: Settings, request: ImageRequest, *, output: str | None, format: Literal["png", "jpeg", "webp"] | None
-) -> tuple[ImageResult, tuple[Saved, ...]]:
-    """Check all that can be checked, draw, save."""
+    settings: Settings,
+    request: ImageRequest,
+    *,
+    output: str | None,
+    format: Literal["png", "jpeg", "webp"] | None,
+    tell: Callable[[ImageResult, tuple[Saved, ...]], None],
+) -> None:
+    """Check all that can be checked, draw, save, and tell before the engine is put away (seconds on a busy machine)."""
+    import asyncio
+
     from sdfleet import compose
     from sdfleet.engine.sampler_names import a1111_label
     from sdfleet.storage import outputs
@@ -110,7 +113,20 @@ async def _draw(
         )
         with console.StepBar(n_images=request.n_images, steps=prepared.drawing.steps) as bar:
             result = await runtime.draw(prepared, on_progress=bar)
-    return result, outputs.save(result, plan, sampler_label=a1111_label(result.drawing.sampler))
+        label = a1111_label(result.drawing.sampler)
+        tell(result, await asyncio.to_thread(outputs.save, result, plan, sampler_label=label))
+
+
+def _tell(result: ImageResult, saved: tuple[Saved, ...], *, inline: bool) -> None:
+    for warning in result.warnings:
+        console.note(f"warning: {warning}")
+    if inline:
+        _show_inline(result)
+    for one in saved:
+        console.say(f"saved {one.path}  seed {one.seed}")
+    what = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
+    where = ", ".join(filter(None, (result.device, result.dtype)))
+    console.say(f"{what} in {result.timings_s['total']:.2f} s" + (f" ({where})" if where else ""))
 
 
 def _request(
@@ -232,7 +248,7 @@ def _answer(result: ImageResult, saved: tuple[Saved, ...]) -> dict[str, Any]:
         "guidance": drawing.guidance,
         "sampler": drawing.sampler,
         "reproducible": all(finished.reproducible for finished in result.images),
-        "timings_s": dict(result.timings_s),
+        "timings_s": {name: round(seconds, 4) for name, seconds in result.timings_s.items()},
         "warnings": list(result.warnings),
         "tokens": [
             {"encoder": t.encoder, "n_tokens": t.n_tokens, "window": t.window, "n_chunks": t.n_chunks}

@@ -73,19 +73,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sdfleet.engine.child", description="The process that owns one device.")
     parser.add_argument("--options", type=wire.decode_options, default=EngineOptions(), help="EngineOptions as JSON")
     parser.add_argument("--engine", default=OUR_ENGINE, help="module:attribute of the engine's class")
-    parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="warning")
     chosen = parser.parse_args(arguments)
-    start_logging(chosen.log_level)
+    start_logging(chosen.log_level, as_json=True)  # so that the parent can tell our records from foreign chatter
     commands_fd, reports_fd = _take_over_standard_streams()
     inbox = _Inbox(commands_fd)
     with _Outbox(reports_fd, on_broken=inbox.end) as outbox:
+        inbox.start()  # first, so that commands are taken off the pipe while torch is imported
+        engine: EngineFace | None = None
         # Everything is caught here, once: whatever went wrong, the parent hears why before the process ends.
         try:
-            _serve(chosen.engine, chosen.options, inbox, outbox)
+            engine = _load_engine(chosen.engine, chosen.options)
+            _serve(engine, inbox, outbox)
         except Exception as exc:
             log.exception("the engine's process cannot go on")
             outbox.put(wire.Fault(error=_as_sdfleet_error(exc)))
             return EXIT_FAULT
+        finally:
+            if engine is not None:
+                engine.close()
     return 0
 
 
@@ -104,26 +110,22 @@ def _take_over_standard_streams() -> tuple[int, int]:
     return commands_fd, reports_fd
 
 
-def _serve(engine_name: str, options: EngineOptions, inbox: _Inbox, outbox: _Outbox) -> None:
-    inbox.start()  # first, so that commands are taken off the pipe while torch is imported
-    engine = _load_engine(engine_name, options)
-    try:
-        facts = dict(engine.facts())
-        outbox.put(wire.Ready(facts=facts))
-        while True:
-            for command in inbox.take(can_wait=engine.is_idle):
-                if isinstance(command, wire.Close):
-                    return
-                _obey(command, engine, outbox)
-            has_ended_job = False
-            for event in engine.step():
-                has_ended_job |= isinstance(event, JobDone | JobFailed)
-                _send_event(event, engine, outbox)
-            if has_ended_job and (now := dict(engine.facts())) != facts:
-                facts = now
-                outbox.put(wire.Facts(facts=facts))
-    finally:
-        engine.close()
+def _serve(engine: EngineFace, inbox: _Inbox, outbox: _Outbox) -> None:
+    """Obey commands and take turns until the parent says Close or leaves."""
+    facts = dict(engine.facts())
+    outbox.put(wire.Ready(facts=facts))
+    while True:
+        for command in inbox.take(can_wait=engine.is_idle):
+            if isinstance(command, wire.Close):
+                return
+            _obey(command, engine, outbox)
+        has_ended_job = False
+        for event in engine.step():
+            has_ended_job |= isinstance(event, JobDone | JobFailed)
+            _send_event(event, engine, outbox)
+        if has_ended_job and (now := dict(engine.facts())) != facts:
+            facts = now
+            outbox.put(wire.Facts(facts=facts))
 
 
 def _load_engine(name: str, options: EngineOptions) -> EngineFace:

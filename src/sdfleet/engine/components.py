@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel, UNe
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from sdfleet.engine.text_weights import load_clip_text_encoder, load_t5_encoder
 from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
+from sdfleet.engine.text_weights import load_clip_text_encoder, load_t5_encoder
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from sdfleet.errors import EngineFailed, JobCancelled, OutOfMemory, SdfleetError
 log = logging.getLogger(__name__)
 
 _SEEDS = 2**64
+# Jobs that come together should start together, even where a step is shorter than encoding their prompts.
+_PREPARE_S = 0.1
 # `smaller_picture` takes this share of each side: 0.56 of the area.
 _SMALLER_SIDE = 0.75
 _SMALLEST_SIDE_PX = 64
@@ -154,8 +157,8 @@ class Engine:
         while self._pending:
             job = self._pending.popleft()
             if job.drawing.job_id in self._jobs:
-                self._guarded(job, lambda job=job: self._prepare(job))  # type: ignore[misc]
-            if self._live and time.perf_counter() - begun_s >= self._step_s:
+                self._guarded(job, partial(self._prepare, job))
+            if self._live and time.perf_counter() - begun_s >= max(self._step_s, _PREPARE_S):
                 return
 
     def _prepare(self, job: _Job) -> None:
@@ -290,12 +293,11 @@ class Engine:
             if job.drawing.resize_to is not None:
                 picture = resized(picture, *job.drawing.resize_to)
             done = FinishedPicture(picture=picture, seed=trajectory.seed, reproducible=job.drawing.reproducible)
-            self._events.append(PictureDone(job_id=trajectory.job_id, image_index=trajectory.image_index, finished=done))
+            index = trajectory.image_index
+            self._events.append(PictureDone(job_id=trajectory.job_id, image_index=index, finished=done))
             job.left -= 1
             if not job.left:
                 self._end(job)
-        if loaded.family.vae.upcast:
-            log.debug("vae runs in float32")
 
     def _decode(self, loaded: Loaded, finished: Sequence[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """Pictures [3, H, W] of a group; when the group cannot be decoded together, one by one, each failing alone."""
@@ -309,10 +311,8 @@ class Engine:
                 decoded += self._decoded(loaded, group)
             except (OutOfMemory, EngineFailed):
                 for trajectory in group:
-                    self._guarded(
-                        self._jobs.get(trajectory.job_id),
-                        lambda t=trajectory: decoded.extend(self._decoded_leaner(loaded, t)),  # type: ignore[misc]
-                    )
+                    leaner = partial(self._decoded_leaner, loaded, trajectory, into=decoded)
+                    self._guarded(self._jobs.get(trajectory.job_id), leaner)
         for job in jobs.values():
             job.spend("decode", time.perf_counter() - begun_s)
         return decoded
@@ -326,7 +326,7 @@ class Engine:
                     self._jobs[trajectory.job_id].warnings.append("the VAE overflowed and was run in float32")
         return list(zip(group, images, strict=True))
 
-    def _decoded_leaner(self, loaded: Loaded, trajectory: Trajectory) -> list[tuple[Trajectory, Tensor]]:
+    def _decoded_leaner(self, loaded: Loaded, trajectory: Trajectory, *, into: list[tuple[Trajectory, Tensor]]) -> None:
         """One picture, giving up more and more for it. Raises OutOfMemory when nothing is left to give up."""
         job = self._jobs[trajectory.job_id]
         busy = {self._jobs[t.job_id].drawing.checkpoint for t in self._live.values()}
@@ -341,12 +341,12 @@ class Engine:
             if not gives_up():
                 continue
             try:
-                picture = self._decoded(loaded, [trajectory])
+                into += self._decoded(loaded, [trajectory])
             except OutOfMemory:
                 continue
             if rung != "fewer_rows":
                 job.climb(rung)
-            return picture
+            return
         raise OutOfMemory(
             "the picture is drawn but there is no memory to decode it", hint="ask for a smaller size, or use mode eco"
         )
@@ -490,6 +490,6 @@ class _Timed:
 
 
 def _as_ours(exc: Exception, job: _Job) -> EngineFailed:
-    log.exception("a picture failed", extra={"job_id": job.drawing.job_id}, exc_info=exc)
+    log.error("a picture failed", extra={"job_id": job.drawing.job_id}, exc_info=exc)
     first_line = (str(exc).strip().splitlines() or [""])[0][:200]
     return EngineFailed(f"the engine failed while drawing: {type(exc).__name__}: {first_line}")

@@ -71,7 +71,12 @@ def plan(
     """
     room = int(free_bytes * (1 - _HEADROOM))
     tiled_bytes = decode_bytes // 4
-    arrangements: list[tuple[Residency, bool]] = [("all", False), ("all", True), ("by_phase", False), ("by_phase", True)]
+    arrangements: list[tuple[Residency, bool]] = [
+        ("all", False),
+        ("all", True),
+        ("by_phase", False),
+        ("by_phase", True),
+    ]
     if mode == "fast":
         arrangements = arrangements[:1]
     elif mode == "eco":

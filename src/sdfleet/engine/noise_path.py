@@ -102,9 +102,9 @@ def _spaced_timesteps(
     n_points = n_steps + n_left_out
     match text(schedule.config, "timestep_spacing", defaults.timestep_spacing):
         case "linspace":
-            return np.linspace(0, n - 1, n_points)[::-1][:n_steps].copy()
+            return np.linspace(0, n - 1, n_points)[::-1][:n_steps]
         case "leading":
-            rising = np.arange(n_points) * (n // n_points)
+            rising: Floats = np.arange(n_points, dtype=np.float64) * (n // n_points)
             return rising[::-1][:n_steps] + number(schedule.config, "steps_offset", 0)
         case "trailing":
             # For some step counts (61, 103, ...) rounding adds a step below timestep 0 to diffusers' grid; not to ours.
@@ -122,8 +122,7 @@ def _euler_path(name: SamplerName, schedule: NoiseSchedule, n_steps: int) -> Noi
     ratios = np.interp(timesteps, np.arange(len(table)), table)
     spacing = _spacing(name, schedule)
     if spacing != "default":
-        bounds = _config_bounds(schedule) if name.rule == "euler" else {}
-        ratios = respace(ratios, spacing, n_steps=n_steps, **bounds)
+        ratios = respace(ratios, spacing, n_steps=n_steps, config=config)
         timesteps = as_float32(_timesteps_of(ratios, table))
     end = float(table[0]) if name.rule == "euler" and ends_noisy(schedule.config) else 0.0
     path = _ratio_path(timesteps, ratios, end)
@@ -152,13 +151,13 @@ def _dpm_path(name: SamplerName, schedule: NoiseSchedule, n_steps: int) -> Noise
     if spacing == "default":
         ratios = np.interp(timesteps, np.arange(len(table)), table)
     else:
-        ratios = respace(table[::-1].astype(np.float64), spacing, n_steps=n_steps)
+        ratios = respace(table[::-1].astype(np.float64), spacing, n_steps=n_steps, config=config)
         timesteps = _timesteps_of(ratios, table)
         is_cosine = text(config, "beta_schedule", defaults.beta_schedule) == "squaredcos_cap_v2"
         if spacing == "karras" and not is_cosine:
             timesteps = timesteps.round()
     end = float(table[0]) if ends_noisy(schedule.config) else 0.0
-    return _ratio_path(np.trunc(timesteps), ratios, end)
+    return _falling(_ratio_path(np.trunc(timesteps), ratios, end))
 
 
 def _unipc_path(name: SamplerName, schedule: NoiseSchedule, n_steps: int) -> NoisePath:
@@ -170,11 +169,11 @@ def _unipc_path(name: SamplerName, schedule: NoiseSchedule, n_steps: int) -> Noi
     last = float(table[0])
     spacing = _spacing(name, schedule)
     if spacing != "default":
-        ratios = respace(table[::-1].astype(np.float64), spacing, n_steps=n_steps, **_config_bounds(schedule))
+        ratios = respace(table[::-1].astype(np.float64), spacing, n_steps=n_steps, config=schedule.config)
         timesteps = _timesteps_of(ratios, table)
         timesteps = timesteps.round() if spacing == "karras" else timesteps
         last = float(ratios[-1])
-    return _ratio_path(np.trunc(timesteps), ratios, last if ends_noisy(schedule.config) else 0.0)
+    return _falling(_ratio_path(np.trunc(timesteps), ratios, last if ends_noisy(schedule.config) else 0.0))
 
 
 def _ddim_path(schedule: NoiseSchedule, n_steps: int) -> NoisePath:
@@ -250,8 +249,11 @@ def _spacing(name: SamplerName, schedule: NoiseSchedule) -> Spacing:
     return name.spacing if name.spacing != "default" else configured_spacing(schedule.config)
 
 
-def _config_bounds(schedule: NoiseSchedule) -> dict[str, float]:
-    return {key: number(schedule.config, key, 0.0) for key in ("sigma_min", "sigma_max") if key in schedule.config}
+def _falling(path: NoisePath) -> NoisePath:
+    """The path, if each step really gets somewhere; solvers that look back divide by what the last step gained."""
+    if len(path) > 1 and not (np.diff(path.sigmas) < 0).all():
+        raise InvalidValue("steps", f"{len(path)} steps repeat a timestep with this sampler", hint="use fewer steps")
+    return path
 
 
 def _timesteps_of(ratios: Floats, table: Floats32) -> Floats:

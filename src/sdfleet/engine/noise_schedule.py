@@ -163,7 +163,7 @@ class NoiseSchedule:
             sigmas = shifted(sigmas, number(self.config, "shift", 1.0))
         sigmas = self.stretched_to_terminal(sigmas)
         respaced = spacing if spacing != "default" else configured_spacing(self.config)
-        return as_float32(respace(sigmas, respaced, n_steps=n_steps))
+        return as_float32(respace(sigmas, respaced, n_steps=n_steps, config=self.config))
 
     def shift_exponent(self, n_latent_tokens: int | None) -> float:
         """mu of the resolution-dependent shift: larger pictures spend more steps at high noise (arXiv:2403.03206)."""
@@ -181,6 +181,8 @@ class NoiseSchedule:
         if not terminal:
             return sigmas
         clean = 1 - sigmas
+        if clean[-1] == 0:
+            raise InvalidValue("steps", "this checkpoint's noise schedule needs at least 2 steps")
         return 1 - clean / (clean[-1] / (1 - terminal))
 
     @property
@@ -225,15 +227,14 @@ def ends_noisy(config: Mapping[str, object]) -> bool:
     return text(config, "final_sigmas_type", "zero") == "sigma_min"
 
 
-def respace(
-    sigmas: Floats, spacing: Spacing, *, n_steps: int, sigma_min: float | None = None, sigma_max: float | None = None
-) -> Floats:
-    """n_steps sigmas between the first and the last of those given; "default" gives them back unchanged.
+def respace(sigmas: Floats, spacing: Spacing, *, n_steps: int, config: Mapping[str, object]) -> Floats:
+    """n_steps sigmas between the first and the last of those given, or the config's `sigma_max` and `sigma_min`.
 
-    karras: arXiv:2206.00364, equation 5, rho = 7. exponential: evenly in log sigma. beta: arXiv:2407.12173.
+    default: those given, unchanged. karras: arXiv:2206.00364, equation 5, rho = 7. exponential: evenly in log sigma.
+    beta: arXiv:2407.12173.
     """
-    low = float(sigmas[-1]) if sigma_min is None else sigma_min
-    high = float(sigmas[0]) if sigma_max is None else sigma_max
+    low = number(config, "sigma_min", float(sigmas[-1]))
+    high = number(config, "sigma_max", float(sigmas[0]))
     match spacing:
         case "default":
             return sigmas

@@ -11,7 +11,7 @@ from pathlib import Path
 from sdfleet.domain import Drawing
 from sdfleet.engine.components import DENOISERS, TEXT_ENCODERS, ComponentName, Components
 from sdfleet.engine.devices import Device
-from sdfleet.engine.events import EngineOptions
+from sdfleet.engine.events import EngineOptions, MemoryMode
 from sdfleet.engine.families import FAMILIES
 from sdfleet.engine.families.base import LatentFamily, Phase
 from sdfleet.engine.memory import MemoryPlan, Residency, plan
@@ -127,16 +127,18 @@ class DeviceResidency:
         size = {"width_px": drawing.width_px, "height_px": drawing.height_px}
         n_rows = 2 if drawing.guidance > 1 else 1
         while True:
+            idle = [c for c in self._loaded if c not in busy and self._loaded[c] is not loaded]
+            # While an idle checkpoint could leave, no slower arrangement is considered.
+            mode: MemoryMode = "fast" if idle and self._mode == "auto" else self._mode
             try:
                 return plan(
                     family.components.weights(),
                     activation_bytes=family.peak_bytes(**size, n_rows=n_rows),
                     decode_bytes=family.decode_bytes(**size),
                     free_bytes=self._room_for(loaded),
-                    mode=self._mode,
+                    mode=mode,
                 )
             except OutOfMemory:
-                idle = [c for c in self._loaded if c not in busy and self._loaded[c] is not loaded]
                 if not idle:
                     raise
                 self._evict(idle[0])

@@ -110,7 +110,7 @@ def plan(
     evaluations = tuple(rule(path, begin, schedule))
     if not all(math.isfinite(c) for e in evaluations for c in (*e.next, *e.save)):
         raise InvalidValue("steps", f"{name} has no finite answer for {n_steps} steps", hint="use another number")
-    return Plan(name=str(name), start_scale=path.start_scale, evaluations=evaluations, n_steps=n_steps - begin)
+    return Plan(name=str(name), start_scale=path.start_scale, evaluations=evaluations, n_steps=evaluations[-1].step)
 
 
 def has_own_rule(sampler: str | SamplerName, schedule: NoiseSchedule) -> bool:

@@ -86,7 +86,9 @@ def first_latents(sampler: Plan | ForeignSampler, start: Start, *, from_noise: b
 
 
 def to_denoised(answer: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """What the network believes the clean latents are, from its raw answer; all [n, c, h, w], alpha and sigma [n, 1, 1, 1].
+    """What the network believes the clean latents are, from its raw answer.
+
+    All are [n, c, h, w]; alpha and sigma are [n, 1, 1, 1].
 
     The four parameterisations of x = alpha * x0 + sigma * noise: noise (DDPM, arXiv:2006.11239), velocity
     v = alpha * noise - sigma * x0 (arXiv:2202.00512), flow u = noise - x0 (arXiv:2403.03206), and x0 itself.

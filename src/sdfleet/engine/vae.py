@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 # Side of the colour chart from which the preview map is fitted: 8x8 patches of 16 px give 64 distinct colours.
 _CHART_PATCHES = 8
 _PATCH_PX = 16
+# A tile of 64 cells is the 512 px that most decoders were trained on; below 8 cells the seams' overlap is all there is.
+_MOST_TILE_CELLS = 64
+_LEAST_TILE_CELLS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,9 @@ class Vae:
         that is not finite, for then the latents themselves are broken.
         """
         latents = latents * self._std / self._scale + self._shift + self._mean
-        self._tile(tiled)
+        self._module.use_tiling = self._module.use_slicing = tiled
+        if tiled:
+            self._set_tiles(max(latents.shape[-2:]))
         decoded = self._decode(latents)
         if not bool(torch.isfinite(decoded).all()):
             if self._module.dtype == torch.float32 or not bool(torch.isfinite(latents).all()):
@@ -100,9 +105,11 @@ class Vae:
         decoded: Tensor = self._module.decode(latents.to(self._module.dtype), return_dict=False)[0]
         return decoded.float()
 
-    def _tile(self, tiled: bool) -> None:
-        self._module.use_tiling = tiled
-        self._module.use_slicing = tiled
+    def _set_tiles(self, longest_side: int) -> None:
+        """Tiles of half the longest side, at most 64 latent cells: a quarter of the memory or less."""
+        cells = min(_MOST_TILE_CELLS, max(_LEAST_TILE_CELLS, longest_side // 2))
+        self._module.tile_latent_min_size = cells
+        self._module.tile_sample_min_size = cells * self.px_per_latent
 
     def _to_float32(self) -> None:
         self._module.to(torch.float32)

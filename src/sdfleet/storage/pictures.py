@@ -41,10 +41,10 @@ _COMMENT_PREFIX = b"sdfleet:"
 # A JPEG segment holds 65533 bytes after its length.
 _SEGMENT_BYTES = 65_000
 
-# What Pillow's decoders raise on damaged files, found by feeding them damaged ones.
+# What Pillow raises on damaged files, found by feeding it such; the warnings are errors where Python is told so.
 _DECODER_FAULTS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    struct.error, zlib.error, UserWarning, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 

@@ -74,7 +74,8 @@ def train_decoder(
 ) -> None:
     """Train the decoder in place (float32 afterwards); resumes from `folder` and leaves its state there."""
     path = folder / "decoder.pt"
-    half = Decoding(vae).to(memory_format=torch.channels_last)
+    half = Decoding(vae)
+    half.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(half, lr=LR, device=device)
     if path.exists():
         learner.load(path)
@@ -95,7 +96,8 @@ def train_decoder(
         if learner.n_steps % SAVE_EVERY_STEPS == 0:
             learner.save(path)
             half.load_state_dict(learner.mean_state())
-            facts = {"samples": learner.samples_seen, "loss": loss.item(), "psnr": judge_decoder(half, latent_map, judged)}
+            psnr = judge_decoder(half, latent_map, judged)
+            facts = {"samples": learner.samples_seen, "loss": loss.item(), "psnr": psnr}
             log.info("decoder: %(samples)d crops, loss %(loss).4f, %(psnr).2f dB", facts)
             with torch.no_grad():
                 torch._foreach_copy_(learner.params, learner.masters)
@@ -109,7 +111,8 @@ def train_encoder(
 ) -> None:
     """Train the encoder in place (float32 afterwards); the decoder is not touched."""
     path = folder / "encoder.pt"
-    half = Encoding(vae).to(memory_format=torch.channels_last)
+    half = Encoding(vae)
+    half.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(half, lr=LR, device=device)
     if path.exists():
         learner.load(path)
@@ -145,7 +148,8 @@ def fix_spread(half: Encoding) -> None:
 def judge_decoder(half: Decoding, latent_map: LatentMap, pictures: NDArray[np.uint8]) -> float:
     """Mean peak signal-to-noise ratio in decibels of pictures sent through map and decoder."""
     weight = next(half.parameters())
-    drawn = torch.cat([half(z.to(weight.device, weight.dtype)).float().cpu() for z in latent_map.encode(pictures).split(8)])
+    parts = [z.to(weight.device, weight.dtype) for z in latent_map.encode(pictures).split(8)]
+    drawn = torch.cat([half(part).float().cpu() for part in parts])
     error = ((drawn.clamp(-1, 1) - to_signed(pictures)) / 2).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 

@@ -117,7 +117,10 @@ class Canvas:
         area = self.pixels[top:foot, left:right]
         if shadow:
             moved = small.transform(
-                small.size, Image.Transform.AFFINE, (1, 0, -SHADOW_OFFSET_PX[0], 0, 1, -SHADOW_OFFSET_PX[1]), Image.Resampling.BILINEAR
+                small.size,
+                Image.Transform.AFFINE,
+                (1, 0, -SHADOW_OFFSET_PX[0], 0, 1, -SHADOW_OFFSET_PX[1]),
+                Image.Resampling.BILINEAR,
             )
             dark = np.asarray(moved.filter(ImageFilter.GaussianBlur(SHADOW_BLUR_PX)), dtype=np.float32) / 255.0
             area *= 1.0 - shadow * dark[..., None]
@@ -161,7 +164,12 @@ def _draw(draw: ImageDraw.ImageDraw, part: Part, left: int, top: int) -> None:
     match part:
         case Ellipse():
             draw.ellipse(
-                [(part.x - part.rx - left) * n, (part.y - part.ry - top) * n, (part.x + part.rx - left) * n, (part.y + part.ry - top) * n],
+                [
+                    (part.x - part.rx - left) * n,
+                    (part.y - part.ry - top) * n,
+                    (part.x + part.rx - left) * n,
+                    (part.y + part.ry - top) * n,
+                ],
                 fill=0 if part.is_hole else 255,
             )
         case Polygon():

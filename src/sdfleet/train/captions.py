@@ -203,7 +203,9 @@ def _scene(spec: Scene, rng: random.Random) -> str:
     is_colour_said = rng.random() < 0.85
     if not is_colour_said:
         colour = ""
-    pale = rng.choice(("", f"on a light {second} background", f"light {second} background", f"on a {second} background"))
+    pale = rng.choice(
+        ("", f"on a light {second} background", f"light {second} background", f"on a {second} background")
+    )
     match spec.kind:
         case "house":
             walls = _article(f"{colour} house")
@@ -215,30 +217,63 @@ def _scene(spec: Scene, rng: random.Random) -> str:
             bodies = ["the sun", "a sun", "a bright sun in the sky", "sun over a meadow", "the shining sun"]
         case "moon":
             bodies = ["the moon and stars", "moon and stars", "a moon with stars", "a crescent moon", "the moon"]
-            bodies += ["a night sky with a moon", "moon and stars in the night sky", "a starry night sky", "stars and a moon"]
+            bodies += [
+                "a night sky with a moon",
+                "moon and stars in the night sky",
+                "a starry night sky",
+                "stars and a moon",
+            ]
         case "mountains":
-            bodies = ["mountains", "snowy mountains", "mountains with snow", "a mountain landscape", "a mountain", "three mountains"]
+            bodies = [
+                "mountains",
+                "snowy mountains",
+                "mountains with snow",
+                "a mountain landscape",
+                "a mountain",
+                "three mountains",
+            ]
         case "boat":
             boat = rng.choice(("boat", "boat", "sailboat", "ship", "sailing boat"))
             sea = rng.choice(("on the sea", "on the water", "on the ocean", "at sea", "in the sea", ""))
-            bodies = [f"{_article(f'{colour} {boat}')} {sea}", f"{colour} {boat} {sea}", f"the sea with {_article(f'{colour} {boat}')}"]
+            bodies = [
+                f"{_article(f'{colour} {boat}')} {sea}",
+                f"{colour} {boat} {sea}",
+                f"the sea with {_article(f'{colour} {boat}')}",
+            ]
         case "flower":
-            bodies = [_article(f"{colour} flower"), f"{colour} flower", f"{_article(f'{colour} flower')} with green leaves"]
+            bodies = [
+                _article(f"{colour} flower"),
+                f"{colour} flower",
+                f"{_article(f'{colour} flower')} with green leaves",
+            ]
             bodies += [f"a flower with {colour} petals"] if is_colour_said else ["a blooming flower"]
         case "cat":
-            bodies = [f"{_article(f'{colour} {animal}')} {pale}" for animal in ("cat", "cat face", "kitten", "cat head")]
+            bodies = [
+                f"{_article(f'{colour} {animal}')} {pale}" for animal in ("cat", "cat face", "kitten", "cat head")
+            ]
             bodies += [f"the face of {_article(f'{colour} cat')} {pale}"]
         case "smiley":
-            bodies = [f"{_article(f'{colour} {face}')} {pale}" for face in ("smiling face", "smiley", "happy face", "smiley face")]
+            bodies = [
+                f"{_article(f'{colour} {face}')} {pale}"
+                for face in ("smiling face", "smiley", "happy face", "smiley face")
+            ]
             bodies += [f"a smiling {colour} face {pale}", f"a {colour} face with a smile {pale}"]
         case "car":
             road = rng.choice(("", "", "on a road", "on the street", "on the road"))
-            bodies = [f"{_article(f'{colour} car')} {road}", f"{colour} car {road}", f"{_article(f'small {colour} car')} {road}"]
+            bodies = [
+                f"{_article(f'{colour} car')} {road}",
+                f"{colour} car {road}",
+                f"{_article(f'small {colour} car')} {road}",
+            ]
         case "fish":
             water = rng.choice(("", "", "in the water", "in the sea", "under water", "swimming in the ocean"))
             bodies = [f"{_article(f'{colour} fish')} {water}", f"{colour} fish {water}", f"one {colour} fish {water}"]
         case "snowman":
-            bodies = [f"a snowman with {_article(f'{colour} scarf')}", f"snowman, {colour} scarf", f"a snowman wearing {_article(f'{colour} scarf')}"]
+            bodies = [
+                f"a snowman with {_article(f'{colour} scarf')}",
+                f"snowman, {colour} scarf",
+                f"a snowman wearing {_article(f'{colour} scarf')}",
+            ]
             bodies += ["a snowman"]
         case _:
             assert_never(spec.kind)
@@ -259,20 +294,41 @@ def _with_background(body: str, background: Background, rng: random.Random) -> s
     if background.second is None:
         plain = rng.choice(("", "", "", "plain ", "solid "))
         wordings = [f"on {_article(plain + first)} background"] * 5
-        wordings += [f"on {first}", f"with {_article(first)} background", f", {first} background", f"against {_article(first)} background"]
-        wordings += [f"in front of {_article(first)} background", f"on {_article(first)} backdrop", f", background {first}"]
+        wordings += [
+            f"on {first}",
+            f"with {_article(first)} background",
+            f", {first} background",
+            f"against {_article(first)} background",
+        ]
+        wordings += [
+            f"in front of {_article(first)} background",
+            f"on {_article(first)} backdrop",
+            f", background {first}",
+        ]
         openings = [f"{first} background, {body}", f"{_article(first)} background with {body}"]
     else:
         second = rng.choice(COLOUR_WORDS[background.second])
         if background.kind == "gradient":
-            wordings = [f"on a gradient from {first} to {second}", f"on {_article(first)} to {second} gradient background"]
-            wordings += [f"on {_article(first)} and {second} gradient", f", gradient background from {first} to {second}"]
-            wordings += [f"on a gradient background, {first} to {second}", f"with {_article(first)} to {second} gradient behind"]
+            wordings = [
+                f"on a gradient from {first} to {second}",
+                f"on {_article(first)} to {second} gradient background",
+            ]
+            wordings += [
+                f"on {_article(first)} and {second} gradient",
+                f", gradient background from {first} to {second}",
+            ]
+            wordings += [
+                f"on a gradient background, {first} to {second}",
+                f"with {_article(first)} to {second} gradient behind",
+            ]
         else:
             if rng.random() < 0.3:
                 first, second = second, first
             wordings = [f"on a striped {first} and {second} background", f"on {first} and {second} stripes"]
-            wordings += [f"on {_article(first)} and {second} striped background", f", {first} and {second} stripes behind"]
+            wordings += [
+                f"on {_article(first)} and {second} striped background",
+                f", {first} and {second} stripes behind",
+            ]
             wordings += [f"on a background with {first} and {second} stripes", f"with {first} and {second} stripes"]
         openings = [f"{body} {wording}" for wording in wordings]
     if rng.random() < 0.06:

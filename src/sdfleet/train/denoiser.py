@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ REPORT_EVERY_STEPS = 50
 class Recipe:
     """The choices that were weighed against each other; PROVENANCE.md has the numbers."""
 
-    lr: float = 2e-3
+    lr: float = 2.5e-3
     batch: int = 64
     # More steps at high noise, where layout, colour and shape are decided: t = 1000 (1 - (1-u)^(1+bias)).
     level_bias: float = 0.35
@@ -60,7 +61,8 @@ class Drawing(nn.Module):
         self.encoder = encoder
         self.unet = unet
         widths = unet.config.block_out_channels
-        self.heads = nn.ModuleList([nn.Conv2d(width, N_LABELS, 1) for width in list(reversed(widths))[: len(widths) - 1]])
+        inner = list(reversed(widths))[: len(widths) - 1]
+        self.heads = nn.ModuleList([nn.Conv2d(width, N_LABELS, 1) for width in inner])
 
     def forward(self, noisy: Tensor, levels: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """v [n, 8, 16, 16] and, for every up block but the last, label scores [n, 10, side, side].
@@ -122,12 +124,14 @@ def draw_batch(
     )
 
 
-def drawing_loss(drawing: Drawing, batch: Batch, recipe: Recipe, *, evenness: float) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a batch and its plain parts; evenness in [0, 1] takes the extra weights away."""
-    weight = next(drawing.unet.parameters())
-    drawn, scores = drawing(
-        batch.noisy.to(weight.dtype).to(memory_format=torch.channels_last), batch.levels, batch.tokens
-    )
+def drawing_loss(
+    drawing: Callable[..., Any], batch: Batch, recipe: Recipe, *, evenness: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch and its plain parts; evenness in [0, 1] takes the extra weights away.
+
+    drawing: a `Drawing` whose weights have the given type, or a compiled one.
+    """
+    drawn, scores = drawing(batch.noisy.to(dtype).to(memory_format=torch.channels_last), batch.levels, batch.tokens)
     square = (drawn.float() - batch.target).square()
     extra = 1.0 - evenness
     channel = torch.ones(N_CHANNELS, device=square.device)
@@ -140,7 +144,8 @@ def drawing_loss(drawing: Drawing, batch: Batch, recipe: Recipe, *, evenness: fl
         share = F.one_hot(batch.labels, N_LABELS).permute(0, 3, 1, 2).float()
         share = F.adaptive_avg_pool2d(share, score.shape[-1])
         surprise = surprise - (share * F.log_softmax(score.float(), 1)).sum(1).mean() / len(scores)
-    return error + extra * recipe.label_weight * surprise, {"error": float(square.detach().mean()), "surprise": float(surprise.detach())}
+    facts = {"error": float(square.detach().mean()), "surprise": float(surprise.detach())}
+    return error + extra * recipe.label_weight * surprise, facts
 
 
 def train_denoiser(
@@ -164,11 +169,11 @@ def train_denoiser(
     """
     path = folder / "denoiser.pt"
     before_path = folder / "denoiser-before-cooldown.pt"
-    drawing = drawing.to(memory_format=torch.channels_last)
+    drawing.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(drawing, lr=recipe.lr, device=device, peers=peers)
     if path.exists():
         learner.load(path)
-    called = torch.compile(drawing) if compiles else drawing
+    called: Callable[..., Any] = torch.compile(drawing) if compiles else drawing
     signal = make_sampler().alphas_cumprod
     n_rows = recipe.batch // peers.n
     sums: dict[str, float] = {}
@@ -184,9 +189,7 @@ def train_denoiser(
         if share > 0 and not was_cooling and peers.rank == 0:
             learner.save(before_path)
         was_cooling = share > 0
-        batch = draw_batch(
-            pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal
-        )
+        batch = draw_batch(pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal)
         batch = Batch(**{name: getattr(batch, name).to(device) for name in Batch.__slots__})
         loss, facts = drawing_loss(called, batch, recipe, evenness=share)
         learner.update(loss, n_samples=n_rows * peers.n, rate=plan.rate(learner.samples_seen))

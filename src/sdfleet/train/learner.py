@@ -47,7 +47,13 @@ class Learner:
     """One or more networks in one module, on their way to a plan's end."""
 
     def __init__(
-        self, module: nn.Module, *, lr: float, device: str = "cpu", peers: Peers = ALONE, dtype: torch.dtype = torch.bfloat16
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        device: str = "cpu",
+        peers: Peers = ALONE,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.device = torch.device(device)
         self.peers = peers
@@ -58,7 +64,7 @@ class Learner:
         self.masters = [p.detach().float().clone() for _, p in named]
         self.mean = [p.clone() for p in self.masters]
         self.module = module.to(dtype)
-        self.params = [p for _, p in named]
+        self.params: list[Tensor] = [p for _, p in named]
         is_matrix = [p.ndim > 1 and not any(name in full for name in OUTER_LAYERS) for full, p in named]
         self.optimizer = Muon(
             [m for m, yes in zip(self.masters, is_matrix, strict=True) if yes],
@@ -69,7 +75,7 @@ class Learner:
 
     def update(self, loss: Tensor, *, n_samples: int, rate: float) -> None:
         """One step down the gradient of a loss that is the mean over this worker's rows; n_samples of all workers."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.peers.n > 1:
             self.peers.mean(grads)

@@ -36,10 +36,10 @@ class Peers:
         return [float(v) for v in shared]
 
     def _share(self, tensors: list[Tensor]) -> None:
-        flat = torch._utils._flatten_dense_tensors(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        fresh = torch._utils._unflatten_dense_tensors(flat, tensors)
-        torch._foreach_copy_(tensors, list(fresh))
+        fresh = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.reshape(tensor.shape) for part, tensor in zip(fresh, tensors, strict=True)])
 
 
 ALONE = Peers(rank=0, n=1)

@@ -1,4 +1,4 @@
-"""How the twelve small scenes are drawn: house, tree, sun, moon, mountains, boat, flower, cat, smiley, car, fish, snowman."""
+"""How the twelve small scenes are drawn, from house to snowman, and what the time of day does to them."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def _paint_boat(brush: _Brush, hull: Colour) -> None:
     brush.fill(PAPER, polygon((x + 4, 24), (x + 4, 72), (x + 34, 72)))
     brush.fill((232, 234, 240), polygon((x - 4, 34), (x - 4, 72), (x - 25, 72)))
     brush.fill(hull, polygon((x - 38, 79), (x + 38, 79), (x + 25, 98), (x - 25, 98)))
-    waves = [Stroke(points=((k * 32 + 4, 108 + k % 2 * 9), (k * 32 + 20, 108 + k % 2 * 9)), width_px=2.4) for k in range(4)]
+    waves = [
+        Stroke(points=((k * 32 + 4, 108 + k % 2 * 9), (k * 32 + 20, 108 + k % 2 * 9)), width_px=2.4) for k in range(4)
+    ]
     brush.fill((120, 172, 228), *waves)
 
 
@@ -186,7 +188,9 @@ def _paint_flower(brush: _Brush, petal: Colour, *, is_yellow: bool) -> None:
     brush.fill(LEAF, box(x - 2.8, y, x + 2.8, 116))
     brush.fill(LEAF, polygon((x, 106), (x + 30, 84), (x + 13, 109)), polygon((x, 112), (x - 30, 90), (x - 13, 115)))
     turns = [k * math.pi / 3 + math.pi / 6 for k in range(6)]
-    brush.view.paint([disc(x + math.cos(a) * 21, y + math.sin(a) * 21, 14) for a in turns], petal, shade=1.6, shadow=0.1)
+    brush.view.paint(
+        [disc(x + math.cos(a) * 21, y + math.sin(a) * 21, 14) for a in turns], petal, shade=1.6, shadow=0.1
+    )
     brush.fill((136, 84, 46) if is_yellow else (252, 204, 54), disc(x, y, 12.5))
 
 

@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdfleet.train.canvas import Canvas
-from sdfleet.train.world import COLOURS, PALETTE, SHAPES, Background, ColourName, Group, Pair, Shape, Single, Size, outline
+from sdfleet.train.world import (
+    COLOURS,
+    PALETTE,
+    SHAPES,
+    Background,
+    ColourName,
+    Group,
+    Pair,
+    Shape,
+    Single,
+    Size,
+    outline,
+)
 
 Check = Literal["background", "colour", "shape", "both_shapes", "size", "count", "relation"]
 Mask = NDArray[np.bool_]
@@ -179,4 +191,3 @@ def _is_related(first: Mask, second: Mask, spec: Pair) -> bool:
             return bool((inner.min(0) > outer.min(0)).all() and (inner.max(0) < outer.max(0)).all())
         case _:
             assert_never(spec.relation)
-

@@ -25,9 +25,7 @@ N_PIECES = 1200
 N_CAPTIONS = 60_000
 # Pieces seen less often than this come from the random words of the captions, not from the world.
 MIN_FREQUENCY = 60
-WORD_PATTERN = (
-    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-)
+WORD_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def train_tokenizer(seed: int) -> CLIPTokenizer:

@@ -300,7 +300,11 @@ def jittered(colour: ColourName, rng: random.Random, *, levels: int = 5) -> canv
     """A palette colour with a little chance in it."""
     red, green, blue = PALETTE[colour]
     levels = 2 if colour == "white" else levels
-    return (red + rng.randint(-levels, levels), green + rng.randint(-levels, levels), blue + rng.randint(-levels, levels))
+    return (
+        red + rng.randint(-levels, levels),
+        green + rng.randint(-levels, levels),
+        blue + rng.randint(-levels, levels),
+    )
 
 
 def _star(inner: float) -> tuple[Point, ...]:

@@ -8,17 +8,17 @@ subclass `LatentFamily` and fill in `encode` and `predict`; see docs/adding-a-fa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from sdfleet.domain import Drawing, TokenCount
-from sdfleet.engine.conditioning import Conditioning, Room, room_for
 from sdfleet.engine.components import TEXT_ENCODERS, ComponentName, Components
+from sdfleet.engine.conditioning import Conditioning, Room, room_for
 from sdfleet.engine.devices import Device
 from sdfleet.engine.noise_schedule import NoiseSchedule
 from sdfleet.engine.pixels import to_mask, to_unit_range
@@ -108,6 +108,14 @@ class NetworkRows:
     size_px: tuple[int, int]
 
 
+class Join(Protocol):
+    """A family's conditioning of one prompt with its encoders bound, filled up to a common length."""
+
+    def __call__(self, prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:
+        """Conditioning of `prompt` in the length that `room` says."""
+        ...
+
+
 class LatentFamily:
     """The part that every latent-diffusion family shares: VAE, first latents, inpainting, decode, sizes."""
 
@@ -190,7 +198,7 @@ class LatentFamily:
     def paired(
         self,
         drawing: Drawing,
-        join: Callable[[Prompt, Room, bool], Conditioning],
+        join: Join,
         *,
         encoder: str,
         clips: Sequence[ClipEncoder],
@@ -199,7 +207,7 @@ class LatentFamily:
     ) -> PromptPair:
         """Both prompts through the cache, with states of one length; no negative where guidance makes no use of it.
 
-        join(prompt, room, is_negative): the family's own conditioning. encoder: names it in the cache.
+        join: the family's own conditioning. encoder: names it in the cache.
         """
         is_guided = drawing.guidance > 1
         texts = [drawing.prompt, drawing.negative_prompt] if is_guided else [drawing.prompt]
@@ -214,7 +222,7 @@ class LatentFamily:
                 room=room,
                 is_zero_when_empty=is_negative and is_zero_when_empty,
             )
-            encoded.append(self.prompts.conditioning(key, partial(join, prompt, room, is_negative)))
+            encoded.append(self.prompts.conditioning(key, partial(join, prompt, room, is_negative=is_negative)))
         ignored = bool(drawing.negative_prompt) and not is_guided
         return PromptPair(
             positive=encoded[0],

@@ -27,7 +27,7 @@ class StableDiffusion(LatentFamily):
             layer="last",
         )
 
-        def join(prompt: Prompt, room: Room, _is_negative: bool) -> Conditioning:
+        def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:  # noqa: ARG001 - both prompts are read alike
             return sd_conditioning(prompt, clip=clip, room=room)
 
         return self.paired(drawing, join, encoder=self.name, clips=(clip,))

@@ -47,7 +47,7 @@ class StableDiffusion3(LatentFamily):
             )
         width = int(self._denoiser_config["joint_attention_dim"])
 
-        def join(prompt: Prompt, room: Room, _is_negative: bool) -> Conditioning:
+        def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:  # noqa: ARG001 - both prompts are read alike
             return sd3_conditioning(prompt, clip_l=clip_l, clip_g=clip_g, t5=t5, width=width, room=room)
 
         encoder = self.name if t5 else f"{self.name} without t5"

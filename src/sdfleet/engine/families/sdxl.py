@@ -40,13 +40,11 @@ class StableDiffusionXL(StableDiffusion):
         )
         zero_when_empty = self.components.flag("force_zeros_for_empty_prompt", default=True)
 
-        def join(prompt: Prompt, room: Room, is_negative: bool) -> Conditioning:
+        def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:
             is_zero = is_negative and zero_when_empty
             return sdxl_conditioning(prompt, clip_l=clip_l, clip_g=clip_g, room=room, is_zero_when_empty=is_zero)
 
-        return self.paired(
-            drawing, join, encoder=self.name, clips=(clip_l, clip_g), is_zero_when_empty=zero_when_empty
-        )
+        return self.paired(drawing, join, encoder=self.name, clips=(clip_l, clip_g), is_zero_when_empty=zero_when_empty)
 
     def predict(self, rows: NetworkRows) -> Tensor:
         """One UNet call, told that the picture is whole: original size = target size, nothing cropped."""

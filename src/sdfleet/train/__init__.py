@@ -1,0 +1,1 @@
+"""Training: how the built-in model is made."""

@@ -1,0 +1,188 @@
+"""What a folder is told to be, and how its faults are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdfleet.catalog.identify import identify
+from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, SdfleetError, UnsupportedByModel
+from tests.catalog.folders import safetensors, write_sd, write_sd3, write_sdxl
+
+
+@pytest.mark.parametrize(
+    ("write", "family", "side_px", "steps", "guidance", "sampler"),
+    [
+        (write_sd, "sd", 512, 30, 7.5, "ddim"),
+        (write_sdxl, "sdxl", 1024, 30, 5.0, "euler"),
+        (write_sd3, "sd3", 1024, 28, 7.0, "euler"),
+    ],
+)
+def test_family_and_defaults_come_from_the_configs(
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    family: str,
+    side_px: int,
+    steps: int,
+    guidance: float,
+    sampler: str,
+) -> None:
+    found = identify(write(tmp_path / "x"))
+    assert (found.family, found.width_px, found.height_px) == (family, side_px, side_px)
+    assert (found.steps, found.guidance, found.sampler) == (steps, guidance, sampler)
+
+
+def test_stable_diffusion_2_1_draws_at_768(tmp_path: Path) -> None:
+    assert identify(write_sd(tmp_path / "x", sample_size=96)).width_px == 768
+
+
+def test_an_inpaint_pipeline_is_the_same_family(tmp_path: Path) -> None:
+    assert identify(write_sd(tmp_path / "x", pipeline="StableDiffusionInpaintPipeline")).family == "sd"
+
+
+def test_sizes_are_told_per_component_and_dtype(tmp_path: Path) -> None:
+    found = identify(write_sd(tmp_path / "x"))
+    sizes = {part.name: dict(part.bytes_by_dtype) for part in found.components}
+    assert sizes["unet"] == {"F16": 8 * 4 * 3 * 3 * 2}
+    assert sizes["tokenizer"] == {}
+    assert found.n_bytes == sum(n for dtypes in sizes.values() for n in dtypes.values())
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionUpscalePipeline", "ZImagePipeline"])
+def test_a_class_we_do_not_serve_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedByModel, match=f"{name} is not served yet"):
+        identify(write_sd(tmp_path / "x", pipeline=name))
+
+
+def test_a_refiner_is_not_mistaken_for_sdxl(tmp_path: Path) -> None:
+    folder = write_sdxl(tmp_path / "x")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedByModel, match="refiner"):
+        identify(folder)
+
+
+def test_every_fault_is_in_one_message(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    shutil.rmtree(folder / "scheduler")
+    (folder / "tokenizer/merges.txt").unlink()
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(
+        safetensors({"conv_in.weight": (8, 4, 3, 3)})[:-7]
+    )
+    (folder / "vae/config.json").write_text("{")
+    (folder / "text_encoder/model.safetensors").unlink()
+    with pytest.raises(BrokenCheckpoint) as caught:
+        identify(folder)
+    text = str(caught.value)
+    for part in (
+        "5 faults",
+        "folder scheduler/ is missing",
+        "tokenizer/merges.txt is missing",
+        "unet/diffusion_pytorch_model.safetensors is truncated: 7 of 576 bytes",
+        "vae/config.json is not JSON",
+        "text_encoder/ has no weights",
+    ):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_weights_of_another_config_are_found_out(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(safetensors({"conv_in.weight": (8, 9, 3, 3)}))
+    with pytest.raises(BrokenCheckpoint, match="says in_channels 4, its weights have 9"):
+        identify(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "unet/diffusion_pytorch_model-00001-of-00002.safetensors")
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": {"conv_in.weight": names[0], "other": names[1]}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BrokenCheckpoint, match=f"unet/{names[1]} is missing"):
+        identify(folder)
+    (folder / "unet" / names[1]).write_bytes(safetensors({"other": (2,)}))
+    assert identify(folder).family == "sd"
+
+
+def test_a_shard_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"conv_in.weight": "../../outside.safetensors"}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BrokenCheckpoint, match="no shards that can be read"):
+        identify(folder)
+
+
+def test_an_fp16_variant_alone_is_enough(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert identify(folder).family == "sd"
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
+def test_weights_that_exist_only_as_a_pickle_are_refused(tmp_path: Path, suffix: str) -> None:
+    folder = write_sd(tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(suffix))
+    with pytest.raises(PickleRefused, match="can run any code"):
+        identify(folder)
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert identify(folder).family == "sd"
+
+
+def test_a_path_to_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(PickleRefused):
+        identify(path)
+
+
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors({"a": (2,)}))
+    with pytest.raises(UnsupportedByModel, match="convert it with diffusers"):
+        identify(path)
+
+
+def test_one_component_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    with pytest.raises(BrokenCheckpoint, match="AutoencoderKL, a part of a checkpoint; give the folder above it"):
+        identify(folder / "vae")
+
+
+def test_nothing_at_the_path_is_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound):
+        identify(tmp_path / "nowhere")
+
+
+def test_sd3_may_come_without_t5(tmp_path: Path) -> None:
+    assert identify(write_sd3(tmp_path / "with")).t5 == "here"
+    assert identify(write_sd3(tmp_path / "without", has_t5=False)).t5 == "left_out"
+    assert identify(write_sd(tmp_path / "sd")).t5 == "never_had"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"_class_name": 5}', '{"_class_name": null}', "{", "\x00"])
+def test_a_broken_index_is_an_error_of_ours(tmp_path: Path, text: str) -> None:
+    folder = write_sd(tmp_path / "x")
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(SdfleetError):
+        identify(folder)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3"])
+def test_what_diffusers_itself_saves_is_identified(checkpoints: Callable[[str], Path], name: str) -> None:
+    found = identify(checkpoints(name))
+    assert found.family == {"sd15": "sd", "sd21": "sd"}.get(name, name)
+    assert found.n_bytes > 0
