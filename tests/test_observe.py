@@ -48,8 +48,11 @@ def test_quiet_levels_write_nothing() -> None:
 
 
 def test_setting_up_twice_writes_every_line_once() -> None:
-    start_logging("info", stream=io.StringIO())
-    assert len(_lines("info")) == 1
+    stream = io.StringIO()
+    start_logging("info", stream=stream)
+    start_logging("info", stream=stream)
+    logging.getLogger("sdfleet.test").info("once")
+    assert len(stream.getvalue().splitlines()) == 1
 
 
 def test_warnings_of_libraries_are_kept_from_the_reader() -> None:

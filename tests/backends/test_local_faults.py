@@ -466,6 +466,16 @@ signal.pause()
     tell(story, backend)
 
 
+def test_a_child_that_only_knows_the_end_of_stdin_is_closed_in_peace() -> None:
+    code = "os.writev(1, wire.encode(wire.Ready())); sys.stdin.buffer.read()"
+
+    async def story(backend: LocalBackend) -> None:
+        await backend.start()
+        await backend.close()
+
+    tell(story, LocalBackend(EngineOptions(), command=program(code), env=child_environment(), close_deadline_s=1000))
+
+
 def test_the_engine_is_closed_in_peace(caplog: pytest.LogCaptureFixture) -> None:
     async def story(backend: LocalBackend) -> None:
         result: ImageResult = await backend.generate(drawing())

@@ -114,7 +114,8 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_shard_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     folder = write_sd(tmp_path / "x")
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(tmp_path / "outside.safetensors")
-    index = {"weight_map": {"conv_in.weight": "../../outside.safetensors"}}
+    (folder / "unet/inside.safetensors").write_bytes(safetensors({"other": (2,)}))
+    index = {"weight_map": {"other": "inside.safetensors", "conv_in.weight": "../../outside.safetensors"}}
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BrokenCheckpoint, match="no shards that can be read"):
         identify(folder)
@@ -181,6 +182,8 @@ def test_a_broken_index_is_an_error_of_ours(tmp_path: Path, text: str) -> None:
         identify(folder)
 
 
+# Slow for the import of torch and diffusers alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3"])
 def test_what_diffusers_itself_saves_is_identified(checkpoints: Callable[[str], Path], name: str) -> None:
     found = identify(checkpoints(name))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import subprocess
-from dataclasses import replace
+from collections.abc import Sequence
 
 from sdfleet.domain import JobId
 from sdfleet.engine import wire
 from sdfleet.engine.child import EXIT_FAULT
 from sdfleet.engine.events import Event, JobDone, JobFailed
-from sdfleet.errors import EngineFailed, UnsupportedByModel
+from sdfleet.errors import EngineFailed, JobCancelled, UnsupportedByModel
 from tests.backends.drawings import child_command, child_environment, drawing
 from tests.engine.test_wire import frame, read_reports, written
 
@@ -22,6 +22,23 @@ def run(stream: bytes, *more: str, engine: str = "ScriptedEngine") -> tuple[list
     command = [*child_command(engine), *more]
     done = subprocess.run(command, input=stream, capture_output=True, env=child_environment(), timeout=60, check=False)
     return read_reports(done.stdout), done.returncode, done.stderr.decode()
+
+
+def talk(stream: bytes, *, until: Sequence[bytes]) -> tuple[list[wire.Report], str]:
+    """As `run`, but stdin stays open until one of some bytes was heard."""
+    with subprocess.Popen(
+        child_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment()
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(stream)
+        process.stdin.flush()
+        heard = b""
+        while not any(each in heard for each in until) and (byte := process.stdout.read(1)):
+            heard += byte
+        process.stdin.close()
+        return read_reports(heard + process.stdout.read()), process.stderr.read().decode()
 
 
 def ends(reports: list[wire.Report]) -> list[Event]:
@@ -106,44 +123,21 @@ def test_an_exception_that_escapes_a_step_is_a_fault() -> None:
 
 def test_what_a_library_prints_does_not_come_between_frames() -> None:
     printing = drawing("print")
-    with subprocess.Popen(
-        child_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment()
-    ) as process:
-        assert process.stdin is not None
-        process.stdin.write(written(wire.Submit(drawing=printing)))
-        process.stdin.flush()
-        assert process.stdout is not None
-        read = process.stdout.read
-        heard = b""
-        while b'"job_done"' not in heard:
-            heard += read(1)
-        process.stdin.close()
-        reports = read_reports(heard + read())
-        assert process.stderr is not None
-        stderr = process.stderr.read().decode()
+    reports, stderr = talk(written(wire.Submit(drawing=printing)), until=[b'"job_done"'])
     assert [e.job_id for e in ends(reports)] == [printing.job_id]
     assert all(said in stderr for said in ("a library says hello", "and so does its C code", "and its process"))
 
 
 def test_facts_are_sent_again_when_a_job_changed_them() -> None:
-    first, second = drawing(steps=1), drawing(steps=1)
-    with subprocess.Popen(
-        child_command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=child_environment(),
-    ) as process:
-        assert process.stdin is not None
-        process.stdin.write(written(wire.Submit(drawing=first), wire.Submit(drawing=replace(second, prompt="refuse"))))
-        process.stdin.flush()
-        assert process.stdout is not None
-        heard = b""
-        while b'"facts","blobs"' not in heard:
-            heard += process.stdout.read(1)
-        process.stdin.close()
-        reports = read_reports(heard + process.stdout.read())
+    stream = written(wire.Submit(drawing=drawing(steps=1)), wire.Submit(drawing=drawing("refuse")))
+    reports, _ = talk(stream, until=[b'"facts","blobs"'])
     assert reports[-1] == wire.Facts(facts={**READY_FACTS, "n_done": 1})
+
+
+def test_a_job_whose_event_cannot_be_sent_fails_and_is_stopped() -> None:
+    stream = written(wire.Submit(drawing=drawing("infinite")))
+    reports, _ = talk(stream, until=[b'"cancelled"', b'"job_done"'])
+    assert [type(e.error) for e in ends(reports) if isinstance(e, JobFailed)] == [EngineFailed, JobCancelled]
 
 
 def test_the_sync_reader_and_the_async_reader_agree_on_eof() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from sdfleet.engine.conditioning import (
     Conditioning,
     Room,
-    conditioning_pair,
     room_for,
     sd3_conditioning,
     sd_conditioning,
@@ -97,6 +96,12 @@ def t5(encoders: Callable[[str], Encoders]) -> T5Encoder:
     return found
 
 
+def pair_of(made: Encoders, positive: Prompt, negative: Prompt) -> tuple[Conditioning, Conditioning]:
+    """Both prompts with states of one length, as `LatentFamily.paired` makes them."""
+    room = room_for([positive, negative], clips=made.clips, t5=made.t5)
+    return made.join(positive, room), made.join(negative, room)
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, "", "x" * 75, r"a smile \(big\)"])
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd3-no-t5", "sd35"])
 def test_prompt_of_one_window_is_bit_equal_to_the_pipeline(
@@ -105,9 +110,7 @@ def test_prompt_of_one_window_is_bit_equal_to_the_pipeline(
     made = encoders(name)
     read = parse_prompt(prompt)
     states, negative, pooled, negative_pooled = made.theirs(read.text, NEGATIVE)
-    ours, ours_negative = conditioning_pair(
-        made.join, positive=read, negative=parse_prompt(NEGATIVE), clips=made.clips, t5=made.t5
-    )
+    ours, ours_negative = pair_of(made, read, parse_prompt(NEGATIVE))
     for conditioning, their_states, their_pooled in (
         (ours, states, pooled),
         (ours_negative, negative, negative_pooled),
@@ -247,9 +250,7 @@ def test_pair_has_one_length_and_its_longer_half_is_as_if_alone(
     encoders: Callable[[str], Encoders], name: str, positive: str, negative: str
 ) -> None:
     made = encoders(name)
-    pair = conditioning_pair(
-        made.join, positive=parse_prompt(positive), negative=parse_prompt(negative), clips=made.clips, t5=made.t5
-    )
+    pair = pair_of(made, parse_prompt(positive), parse_prompt(negative))
     assert pair[0].states.shape == pair[1].states.shape
     longer = max((positive, negative), key=len)
     alone = made.join(parse_prompt(longer))

@@ -5,7 +5,7 @@ Each is checked against `encode_prompt` of the pipeline it names, diffusers 0.42
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,22 +57,6 @@ def room_for(prompts: Sequence[Prompt], *, clips: Sequence[ClipEncoder], t5: T5E
     if t5 is None:
         return Room(n_chunks=n_chunks)
     return Room(n_chunks=n_chunks, t5_length=max(t5_length(t5.tokenizer, prompt) for prompt in prompts))
-
-
-def conditioning_pair(
-    encode: Callable[[Prompt, Room], Conditioning],
-    *,
-    positive: Prompt,
-    negative: Prompt,
-    clips: Sequence[ClipEncoder],
-    t5: T5Encoder | None = None,
-) -> tuple[Conditioning, Conditioning]:
-    """Both prompts with states of one length, so that they fit one batch.
-
-    encode: a family's join below, with its encoders bound (and a cache in front, if the caller has one).
-    """
-    room = room_for([positive, negative], clips=clips, t5=t5)
-    return encode(positive, room), encode(negative, room)
 
 
 def sd_conditioning(prompt: Prompt, *, clip: ClipEncoder, room: Room | None = None) -> Conditioning:
