@@ -471,11 +471,9 @@ def _draw(sampler: Plan | ForeignSampler, config: Mapping[str, Any], *, strength
     generator = torch.Generator().manual_seed(7)
     noise, picture = _noise_and_picture(generator)
     first = sampler.evaluations[0]
-    if isinstance(sampler, ForeignSampler):
-        x = sampler.start(None if strength == 1.0 else picture, noise)
-    else:
+    if not isinstance(sampler, ForeignSampler):
         noise, picture = noise.double(), picture.double()
-        x = sampler.start_scale * noise if strength == 1.0 else first.alpha * picture + first.sigma * noise
+    x = sampler.start_scale * noise if strength == 1.0 else first.alpha * picture + first.sigma * noise
     previous = before_previous = saved = torch.zeros_like(x)
     for e in sampler.evaluations:
         denoised = _denoised(_network(x, e.timestep), x, e, prediction)

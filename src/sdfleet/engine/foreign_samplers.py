@@ -67,17 +67,6 @@ class ForeignSampler:
         scale = float(self._scheduler.init_noise_sigma)
         self.start_scale = scale * self.evaluations[0].alpha if self._keeps_ratio_space else scale
 
-    def start(self, clean: Tensor | None, noise: Tensor) -> Tensor:
-        """First latents: noise alone, or the input picture's latents with the first step's share of noise."""
-        if clean is None:
-            return noise * self.start_scale
-        first = self.evaluations[0]
-        return first.alpha * clean + first.sigma * noise
-
-    def network_input(self, latents: Tensor) -> Tensor:
-        """What the network is shown: the latents themselves, which are kept in its own space."""
-        return latents
-
     def advance(self, latents: Tensor, denoised: Tensor, generator: Generator) -> Tensor:
         """The latents after the next evaluation; noise, where the class wants some, comes from `generator`."""
         here = self.evaluations[self._position]
@@ -92,12 +81,6 @@ class ForeignSampler:
         sample = self._scheduler.step(answer, timestep, sample, **noise).prev_sample
         self._position += 1
         return sample * here.next_alpha if self._keeps_ratio_space else sample
-
-    def blend(self, latents: Tensor, image: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
-        """`latents` where the mask is 1, elsewhere the input picture at the noise level just reached."""
-        reached = self.evaluations[self._position - 1]
-        kept = reached.next_alpha * image + reached.next_sigma * noise
-        return mask * latents + (1 - mask) * kept
 
     def _network_answer(self, latents: Tensor, denoised: Tensor, here: Evaluation) -> Tensor:
         """What the network must have said for `denoised` to follow."""
