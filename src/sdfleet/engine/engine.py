@@ -156,7 +156,7 @@ class Engine:
         begun_s = time.perf_counter()
         while self._pending:
             job = self._pending.popleft()
-            if job.drawing.job_id in self._jobs:
+            if self._jobs.get(job.drawing.job_id) is job:  # cancelled jobs are still in the queue
                 self._guarded(job, partial(self._prepare, job))
             if self._live and time.perf_counter() - begun_s >= max(self._step_s, _PREPARE_S):
                 return
