@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from sdfleet.domain import JobId, Progress
@@ -102,10 +104,27 @@ def test_a_preview_has_the_colours_of_the_picture() -> None:
     vae = Vae(Components(weights_path(), device).use("vae"), device)
     colours = torch.tensor([[0.8, -0.5, 0.1], [-0.9, -0.9, -0.2], [0.9, 0.9, 0.9]])
     flat = colours.view(3, 3, 1, 1).expand(3, 3, 64, 64)
-    preview = torch.cat([vae.preview(vae.encode(image[None]).mean) for image in flat])
+    preview_map = vae.fit_preview()
+    preview = torch.cat([preview_map.apply(vae.encode(image[None]).mean) for image in flat])
 
     assert preview.shape == (3, 3, 8, 8)
     assert float((preview[:, :, 2:6, 2:6].mean((2, 3)) - colours).abs().max()) < 0.15
+
+
+def test_a_tiny_vae_beside_the_checkpoint_makes_the_previews(
+    engine: Engine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = tmp_path / "with-tiny-vae"
+    shutil.copytree(checkpoints("sd15"), folder)
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(folder / "tiny_vae")  # fmt: skip
+    engine.submit(drawing("sd15", folder, steps=2, wants_previews=True))
+    previews = [e.preview for e in run(engine) if isinstance(e, Progress) and e.preview is not None]
+
+    assert [(p.width_px, p.height_px) for p in previews] == [(64, 64)]
 
 
 def test_a_cancelled_job_leaves_at_the_next_step(engine: Engine, checkpoints: Checkpoints) -> None:

@@ -23,7 +23,9 @@ class StepBatch:
         self._n_guided = len(guided)
         self._guided = torch.tensor(guided, device=device)
         self._rows = torch.tensor([*guided, *range(len(trajectories))], device=device)
-        self._guidance = torch.tensor([trajectories[row].guidance for row in guided], device=device).view(-1, 1, 1, 1)
+        every = torch.tensor([t.guidance for t in trajectories], device=device)
+        self._row_guidance = every[self._rows]
+        self._guidance = every[self._rows[: self._n_guided]].view(-1, 1, 1, 1)
         told = [t.prompts.negative for t in trajectories if t.prompts.negative is not None]
         told += [t.prompts.positive for t in trajectories]
         self._states = torch.stack([c.states for c in told])
@@ -52,6 +54,7 @@ class StepBatch:
             NetworkRows(
                 latents=latents[self._rows],
                 timestep=places[:, 0][self._rows],
+                guidance=self._row_guidance,
                 states=self._states,
                 pooled=self._pooled,
                 extra=self._extra,

@@ -37,6 +37,18 @@ class Posterior:
         return self.mean + self.std * noise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreviewMap:
+    """A linear map from latents to colours. weights: [c, 3], bias: [3]."""
+
+    weights: Tensor
+    bias: Tensor
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """A rough picture [n, 3, h, w] of latents [n, c, h, w], one pixel for each latent cell."""
+        return torch.einsum("nchw,cr->nrhw", latents.float(), self.weights) + self.bias.view(1, 3, 1, 1)
+
+
 class Vae:
     """One AutoencoderKL with its scaling. `upcast` tells that half precision failed and float32 took over."""
 
@@ -50,7 +62,6 @@ class Vae:
         self._shift = float(getattr(config, "shift_factor", None) or 0.0)
         self._mean = self._per_channel(getattr(config, "latents_mean", None), 0.0)
         self._std = self._per_channel(getattr(config, "latents_std", None), 1.0)
-        self._preview_map: tuple[Tensor, Tensor] | None = None
         self.upcast = False
         if getattr(config, "force_upcast", False) and module.dtype == torch.float16:
             self._to_float32()
@@ -116,18 +127,12 @@ class Vae:
         self.upcast = True
 
     @torch.inference_mode()
-    def preview(self, latents: Tensor) -> Tensor:
-        """A rough picture [n, 3, h, w] of latents [n, c, h, w], one pixel for each latent cell: a linear map.
+    def fit_preview(self) -> PreviewMap:
+        """The map from latents to rough colours that suits this VAE.
 
-        The map is fitted once, when first asked for: a chart of plain colours is encoded and the least-squares
-        solution from latents to colours is kept, so it fits any checkpoint and needs no table of numbers.
+        A chart of plain colours is encoded, and the least-squares solution from latents to colours is kept: it fits
+        any checkpoint and needs no table of numbers.
         """
-        if self._preview_map is None:
-            self._preview_map = self._fit_preview()
-        weights, bias = self._preview_map
-        return torch.einsum("nchw,cr->nrhw", latents.float(), weights) + bias.view(1, 3, 1, 1)
-
-    def _fit_preview(self) -> tuple[Tensor, Tensor]:
         levels = torch.linspace(-1.0, 1.0, 4)
         colours = torch.cartesian_prod(levels, levels, levels)
         # Neighbours must differ, or the fit would learn from long smooth ramps only; 37 has no factor with 64.
@@ -143,4 +148,4 @@ class Vae:
         ridge = 1e-3 * torch.eye(known.shape[1], dtype=torch.float64)
         solved = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
         solved = solved.float().to(self._device.torch_device)
-        return solved[:-1], solved[-1]
+        return PreviewMap(weights=solved[:-1], bias=solved[-1])

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -125,11 +124,12 @@ def draw_batch(
 
 
 def drawing_loss(
-    drawing: Callable[..., Any], batch: Batch, recipe: Recipe, *, evenness: float, dtype: torch.dtype = torch.bfloat16
+    drawing: Drawing, batch: Batch, recipe: Recipe, *, evenness: float, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a batch and its plain parts; evenness in [0, 1] takes the extra weights away.
 
-    drawing: a `Drawing` whose weights have the given type, or a compiled one.
+    dtype: the type of the weights of `drawing`. Not to be compiled: with torch 2.13 the compiled backward pass lost
+    the gradient from the label heads to the features (seen on 2026-11-20 by the surprise staying at 0.6).
     """
     drawn, scores = drawing(batch.noisy.to(dtype).to(memory_format=torch.channels_last), batch.levels, batch.tokens)
     square = (drawn.float() - batch.target).square()
@@ -159,7 +159,6 @@ def train_denoiser(
     plan: Plan,
     peers: Peers = ALONE,
     device: str = "cpu",
-    compiles: bool = False,
 ) -> Learner:
     """Train until the plan's end; resumes from `folder`, saves there every few minutes.
 
@@ -173,7 +172,6 @@ def train_denoiser(
     learner = Learner(drawing, lr=recipe.lr, device=device, peers=peers)
     if path.exists():
         learner.load(path)
-    called: Callable[..., Any] = torch.compile(drawing) if compiles else drawing
     signal = make_sampler().alphas_cumprod
     n_rows = recipe.batch // peers.n
     sums: dict[str, float] = {}
@@ -191,7 +189,7 @@ def train_denoiser(
         was_cooling = share > 0
         batch = draw_batch(pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal)
         batch = Batch(**{name: getattr(batch, name).to(device) for name in Batch.__slots__})
-        loss, facts = drawing_loss(called, batch, recipe, evenness=share)
+        loss, facts = drawing_loss(drawing, batch, recipe, evenness=share)
         learner.update(loss, n_samples=n_rows * peers.n, rate=plan.rate(learner.samples_seen))
         for name, value in facts.items():
             sums[name] = sums.get(name, 0.0) + value / REPORT_EVERY_STEPS

@@ -72,7 +72,6 @@ def train_starter(
     device: str = "cpu",
     stages: Sequence[Stage] = STAGES,
     resumes: bool = True,
-    compiles: bool = False,
     sizes: Sizes = SHIPPED_SIZES,
 ) -> Path:
     """Run the stages in `folder` and answer the folder of the finished weights (`folder/weights` if not said).
@@ -113,7 +112,6 @@ def train_starter(
                     plan=plan,
                     n_workers=n_workers,
                     device=device,
-                    compiles=compiles,
                     sizes=sizes,
                 )
                 _train_denoiser_with_workers(work)
@@ -135,7 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the larger accelerator plan")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--restart", action="store_true", help="forget the states of these stages")
-    parser.add_argument("--compile", action="store_true", help="compile the denoiser first; needs a C++ compiler")
     chosen = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     base = CPU_PLAN if chosen.device == "cpu" else ACCELERATOR_PLAN
@@ -153,7 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=chosen.device,
         stages=chosen.stages,
         resumes=not chosen.restart,
-        compiles=chosen.compile,
     )
     return 0
 
@@ -167,7 +163,6 @@ class DenoiserWork:
     plan: StarterPlan
     n_workers: int
     device: str
-    compiles: bool
     sizes: Sizes
 
 
@@ -216,7 +211,6 @@ def _train_denoiser_as(rank: int, work: DenoiserWork) -> None:
         plan=Plan(planned_samples=plan.denoiser_samples, cooldown_samples=plan.cooldown_samples),
         peers=peers,
         device=work.device,
-        compiles=work.compiles,
     )
     leave(peers)
 

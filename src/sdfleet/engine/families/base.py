@@ -25,7 +25,7 @@ from sdfleet.engine.pixels import to_mask, to_unit_range
 from sdfleet.engine.prompt import Prompt, parse_prompt
 from sdfleet.engine.prompt_cache import PromptCache, PromptKey
 from sdfleet.engine.text_encoders import ClipEncoder, T5Encoder
-from sdfleet.engine.vae import Posterior, Vae
+from sdfleet.engine.vae import Posterior, PreviewMap, Vae
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
 log = logging.getLogger(__name__)
@@ -96,12 +96,14 @@ class Start:
 class NetworkRows:
     """One call of the network. m rows, from any number of trajectories, each at its own timestep.
 
-    latents: [m, c, h, w] float32. timestep: [m]. states: [m, tokens, d]. pooled: [m, p] or None.
-    extra: [m, k, h, w] or None. size_px: (height, width) of the pictures, the same for all rows.
+    latents: [m, c, h, w] float32. timestep, guidance: [m]; guidance is for networks that were distilled to take it.
+    states: [m, tokens, d]. pooled: [m, p] or None. extra: [m, k, h, w] or None.
+    size_px: (height, width) of the pictures, the same for all rows.
     """
 
     latents: Tensor
     timestep: Tensor
+    guidance: Tensor
     states: Tensor
     pooled: Tensor | None
     extra: Tensor | None
@@ -121,13 +123,18 @@ class LatentFamily:
 
     name: str
     denoiser: ComponentName
+    # Whether the family's pipeline hands its scheduler evenly spaced sigmas, see NoiseSchedule.
+    even_sigmas = False
 
     def __init__(self, components: Components, device: Device, prompts: PromptCache) -> None:
         self.components = components
         self.device = device
         self.prompts = prompts
-        self.schedule = NoiseSchedule.from_config(components.config("scheduler", "scheduler_config.json"))
+        self.schedule = NoiseSchedule.from_config(
+            components.config("scheduler", "scheduler_config.json"), even_sigmas=self.even_sigmas
+        )
         self._vae: tuple[Any, Vae] | None = None
+        self._preview_map: PreviewMap | None = None
         vae = components.config("vae")
         self.latent_channels = int(vae["latent_channels"])
         self.px_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -191,6 +198,10 @@ class LatentFamily:
             )
         return extra
 
+    def is_guided(self, drawing: Drawing) -> bool:
+        """Whether the network is called for the negative prompt too. A family with guidance built in says no."""
+        return drawing.guidance > 1
+
     def encode(self, drawing: Drawing) -> PromptPair:
         """Conditioning for the prompt, and for the negative prompt where guidance is above 1."""
         raise UnsupportedByModel(f"{self.name} does not encode prompts")
@@ -209,7 +220,7 @@ class LatentFamily:
 
         join: the family's own conditioning. encoder: names it in the cache.
         """
-        is_guided = drawing.guidance > 1
+        is_guided = self.is_guided(drawing)
         texts = [drawing.prompt, drawing.negative_prompt] if is_guided else [drawing.prompt]
         prompts = [parse_prompt(text) for text in texts]
         room = room_for(prompts, clips=clips, t5=t5)
@@ -298,7 +309,9 @@ class LatentFamily:
                 tiny = self.components.use("tiny_vae")
                 decoded: Tensor = tiny.decode(denoised.to(tiny.dtype), return_dict=False)[0]
                 return decoded.float()
-        return self.vae.preview(denoised)
+        if self._preview_map is None:
+            self._preview_map = self.vae.fit_preview()
+        return self._preview_map.apply(denoised)
 
     def peak_bytes(self, *, width_px: int, height_px: int, n_rows: int) -> int:
         """Most bytes beside the weights that one network call of `n_rows` rows holds. A bound, for planning."""
