@@ -120,6 +120,11 @@ def _check_prompt(name: str, text: str, *, may_be_empty: bool) -> None:
         raise InvalidValue(name, f"{len(text)} characters are too many", hint=f"keep it under {MAX_PROMPT_CHARS}")
     if "\x00" in text:
         raise InvalidValue(name, "it holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        # A command line may hand over bytes that are no text (lone surrogates); no tokenizer and no file takes those.
+        raise InvalidValue(name, f"character {exc.start + 1} is not valid text", hint="use UTF-8") from exc
 
 
 def _check_side(name: str, side_px: int) -> None:

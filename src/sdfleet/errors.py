@@ -40,11 +40,6 @@ class SdfleetError(Exception):
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Subclasses take other arguments than the two stored here; errors cross a process boundary as
-        # (code, message, hint) instead, see `to_wire` and `from_wire`.
-        return (SdfleetError, (self.message,))
-
     def to_wire(self) -> dict[str, str]:
         """The error as plain data for another process."""
         return {"code": self.code, "message": self.message, "hint": self.hint}

@@ -112,7 +112,6 @@ class Runtime:
     def _prepare(self, request: ImageRequest, *, wants_previews: bool) -> Prepared:
         entry = self.catalog.resolve(request.model)
         card = entry.card
-        _check_text(request)
         sampler = str(parse_sampler(request.sampler or card.sampler))
         seed = _seed(request)
         found = self.catalog.inspect(entry)
@@ -229,15 +228,6 @@ def _seed(request: ImageRequest) -> int:
             hint=f"use at most {MAX_SEED - request.n_images + 1}",
         )
     return request.seed
-
-
-def _check_text(request: ImageRequest) -> None:
-    """A command line may hand over bytes that are no text; no tokenizer and no file takes those."""
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidValue(field, f"character {exc.start + 1} is not valid text", hint="use UTF-8") from exc
 
 
 def _t5(request: ImageRequest, found: Identified, warnings: list[str]) -> T5Use:

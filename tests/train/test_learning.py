@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdfleet.train.dataset import PictureSet, draw_pictures, load_latent_map
 from sdfleet.train.denoiser import Drawing, Recipe, draw_batch, drawing_loss, train_denoiser
-from sdfleet.train.latents import fit_latent_map, to_signed
+from sdfleet.train.latents import LatentMap, fit_latent_map, to_signed
 from sdfleet.train.learner import Learner, Plan
 from sdfleet.train.muon import orthogonalise
 from sdfleet.train.networks import Sizes, make_denoiser, make_sampler, make_text_encoder
@@ -19,6 +19,7 @@ from sdfleet.train.tokens import MAX_TOKENS, encode_captions, train_tokenizer
 
 TOY = Sizes(text_width=32, text_layers=1, widths=(16, 32), attends=(False, True), norm_groups=8, vae_widths=(16, 16))
 RECIPE = Recipe(batch=8, lr=4e-3)
+MAP = LatentMap(weight=torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) / 8, bias=torch.zeros(8))
 EMPTY = torch.zeros(MAX_TOKENS, dtype=torch.long)
 
 
@@ -42,7 +43,7 @@ class _States:
 def pictures() -> PictureSet:
     rng = np.random.default_rng(0)
     drawn = draw_pictures(64, 3)
-    latents = fit_latent_map(drawn).encode(drawn).numpy().astype(np.float16)
+    latents = MAP.encode(drawn).numpy().astype(np.float16)
     labels = rng.integers(0, 10, (64, 16, 16), dtype=np.uint8)
     return PictureSet(latents=latents, labels=labels, tokens=rng.integers(0, 64, (64, 6, MAX_TOKENS), dtype=np.int16))
 
@@ -54,7 +55,7 @@ def _drawing() -> Drawing:
 
 def _train(folder: Path, pictures: PictureSet, planned_samples: int) -> Learner:
     plan = Plan(planned_samples=planned_samples, cooldown_samples=16, warmup_samples=8)
-    return train_denoiser(_drawing(), pictures, folder, empty=EMPTY, recipe=RECIPE, seed=1, plan=plan)
+    return train_denoiser(_drawing(), pictures, folder, empty=EMPTY, latent_map=MAP, recipe=RECIPE, seed=1, plan=plan)
 
 
 def test_training_lowers_the_loss(pictures: PictureSet) -> None:
@@ -63,7 +64,7 @@ def test_training_lowers_the_loss(pictures: PictureSet) -> None:
     losses: list[float] = []
     for _ in range(20):
         chance = torch.Generator().manual_seed(4)
-        batch = draw_batch(pictures, chance, n=8, level_bias=0.3, empty=EMPTY, signal=signal)
+        batch = draw_batch(pictures, chance, n=8, level_bias=0.3, empty=EMPTY, signal=signal, latent_map=MAP)
         drawing = learner.module
         assert isinstance(drawing, Drawing)
         loss, _ = drawing_loss(drawing, batch, RECIPE, evenness=0.0)
@@ -96,7 +97,7 @@ def test_the_written_out_forward_pass_is_the_networks_own() -> None:
     levels = torch.tensor([10, 999])
     tokens = torch.randint(64, (2, MAX_TOKENS), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        ours, _ = drawing(noisy, levels, tokens)
+        ours, _, _ = drawing(noisy, levels, tokens)
         states = drawing.encoder(tokens).last_hidden_state
         theirs = drawing.unet(noisy, levels, states).sample
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -122,6 +123,14 @@ def test_latents_are_whitened() -> None:
     assert latents.shape == (300, 8, 16, 16)
     assert latents.std((0, 2, 3)).tolist() == pytest.approx([1, 1, 1, 0.6, 0.6, 0.6, 0.6, 0.6], abs=0.01)
     assert float(to_signed(drawn).abs().max()) <= 1.0
+
+
+def test_latents_still_tell_the_mean_colour_of_a_cell() -> None:
+    drawn = draw_pictures(200, 1)
+    latent_map = fit_latent_map(drawn)
+    told = latent_map.mean_colours(latent_map.encode(drawn))
+    true = torch.from_numpy(drawn).permute(0, 3, 1, 2).float().unflatten(3, (16, 8)).unflatten(2, (16, 8)).mean((3, 5))
+    assert float((told - true).abs().mean()) < 1.0
 
 
 def test_the_latent_map_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Trains the denoiser together with the text encoder: captions and noise in, latents out.
 
-v-prediction under a schedule whose last step is pure noise. Because the pictures are drawn here, the shape in
-every latent cell is known: thrown-away heads inside the up path must name it, which ties shape words to places
-long before the latents' own error would.
+v-prediction under a schedule whose last step is pure noise. Because the pictures are drawn here, the shape and the
+colour in every latent cell are known: thrown-away heads inside the up path must name them, which ties words to
+places long before the latents' own error would.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdfleet.train.dataset import PictureSet
-from sdfleet.train.latents import N_CHANNELS
+from sdfleet.train.latents import N_CHANNELS, LatentMap
 from sdfleet.train.learner import Learner, Plan, row_generators
 from sdfleet.train.networks import make_sampler
 from sdfleet.train.peers import ALONE, Peers
-from sdfleet.train.world import N_LABELS, SCENE_LABEL
+from sdfleet.train.world import COLOURS, N_LABELS, PALETTE, SCENE_LABEL
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -50,6 +50,7 @@ class Recipe:
     object_weight: float = 2.5
     detail_weight: float = 1.5
     label_weight: float = 0.15
+    colour_weight: float = 0.08
 
 
 class Drawing(nn.Module):
@@ -62,9 +63,10 @@ class Drawing(nn.Module):
         widths = unet.config.block_out_channels
         inner = list(reversed(widths))[: len(widths) - 1]
         self.heads = nn.ModuleList([nn.Conv2d(width, N_LABELS, 1) for width in inner])
+        self.colour_heads = nn.ModuleList([nn.Conv2d(width, len(COLOURS), 1) for width in inner])
 
-    def forward(self, noisy: Tensor, levels: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """v [n, 8, 16, 16] and, for every up block but the last, label scores [n, 10, side, side].
+    def forward(self, noisy: Tensor, levels: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """v [n, 8, 16, 16] and, for every up block but the last, scores of labels and colours [n, k, side, side].
 
         The same arithmetic as UNet2DConditionModel.forward, written out to reach the features in between.
         """
@@ -77,33 +79,46 @@ class Drawing(nn.Module):
             x, more = _call(block, x, time_emb, states)
             skips.extend(more)
         x = unet.mid_block(x, time_emb, encoder_hidden_states=states)
-        scores: list[Tensor] = []
+        label_scores: list[Tensor] = []
+        colour_scores: list[Tensor] = []
         for k, block in enumerate(unet.up_blocks):
             n = len(block.resnets)
             own = tuple(skips[-n:])
             del skips[-n:]
             x = _call_up(block, x, own, time_emb, states)
             if k < len(self.heads):
-                scores.append(self.heads[k](x))
+                label_scores.append(self.heads[k](x))
+                colour_scores.append(self.colour_heads[k](x))
         drawn: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
-        return drawn, scores
+        return drawn, label_scores, colour_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Training rows: noisy [n, 8, 16, 16], target v, levels [n], tokens [n, 32], labels [n, 16, 16]."""
+    """Training rows: noisy [n, 8, 16, 16], target v, levels [n], tokens [n, 32], labels and colours [n, 16, 16]."""
 
     noisy: Tensor
     target: Tensor
     levels: Tensor
     tokens: Tensor
     labels: Tensor
+    colours: Tensor
 
 
 def draw_batch(
-    pictures: PictureSet, chance: torch.Generator, *, n: int, level_bias: float, empty: Tensor, signal: Tensor
+    pictures: PictureSet,
+    chance: torch.Generator,
+    *,
+    n: int,
+    level_bias: float,
+    empty: Tensor,
+    signal: Tensor,
+    latent_map: LatentMap,
 ) -> Batch:
-    """n rows at stratified noise levels; signal: cumulative alphas [1000]; empty: tokens of the empty caption [32]."""
+    """n rows at stratified noise levels.
+
+    signal: cumulative alphas [1000]; empty: tokens of the empty caption [32]; latent_map: what the latents were made with.
+    """
     rows = torch.randint(len(pictures), (n,), generator=chance).numpy()
     wording = torch.randint(pictures.tokens.shape[1], (n,), generator=chance).numpy()
     latents = torch.from_numpy(pictures.latents[rows]).float()
@@ -120,6 +135,7 @@ def draw_batch(
         levels=levels,
         tokens=tokens,
         labels=torch.from_numpy(pictures.labels[rows].astype(np.int64)),
+        colours=_named(latent_map.mean_colours(latents)),
     )
 
 
@@ -131,7 +147,9 @@ def drawing_loss(
     dtype: the type of the weights of `drawing`. Not to be compiled: with torch 2.13 the compiled backward pass lost
     the gradient from the label heads to the features (seen on 2026-11-20 by the surprise staying at 0.6).
     """
-    drawn, scores = drawing(batch.noisy.to(dtype).to(memory_format=torch.channels_last), batch.levels, batch.tokens)
+    drawn, label_scores, colour_scores = drawing(
+        batch.noisy.to(dtype).to(memory_format=torch.channels_last), batch.levels, batch.tokens
+    )
     square = (drawn.float() - batch.target).square()
     extra = 1.0 - evenness
     channel = torch.ones(N_CHANNELS, device=square.device)
@@ -139,13 +157,11 @@ def drawing_loss(
     cell = 1.0 + extra * (recipe.object_weight - 1) * _near_objects(batch.labels)
     both = channel[None, :, None, None] * cell[:, None]
     error = (square * both).mean() / both.mean()
-    surprise = torch.zeros((), device=square.device)
-    for score in scores:
-        share = F.one_hot(batch.labels, N_LABELS).permute(0, 3, 1, 2).float()
-        share = F.adaptive_avg_pool2d(share, score.shape[-1])
-        surprise = surprise - (share * F.log_softmax(score.float(), 1)).sum(1).mean() / len(scores)
-    facts = {"error": float(square.detach().mean()), "surprise": float(surprise.detach())}
-    return error + extra * recipe.label_weight * surprise, facts
+    label_surprise = _surprise(label_scores, batch.labels)
+    colour_surprise = _surprise(colour_scores, batch.colours)
+    loss = error + extra * (recipe.label_weight * label_surprise + recipe.colour_weight * colour_surprise)
+    facts = {"error": square.mean(), "label surprise": label_surprise, "colour surprise": colour_surprise}
+    return loss, {name: float(value.detach()) for name, value in facts.items()}
 
 
 def train_denoiser(
@@ -154,6 +170,7 @@ def train_denoiser(
     folder: Path,
     *,
     empty: Tensor,
+    latent_map: LatentMap,
     recipe: Recipe,
     seed: int,
     plan: Plan,
@@ -187,7 +204,9 @@ def train_denoiser(
         if share > 0 and not was_cooling and peers.rank == 0:
             learner.save(before_path)
         was_cooling = share > 0
-        batch = draw_batch(pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal)
+        batch = draw_batch(
+            pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal, latent_map=latent_map
+        )
         batch = Batch(**{name: getattr(batch, name).to(device) for name in Batch.__slots__})
         loss, facts = drawing_loss(drawing, batch, recipe, evenness=share)
         learner.update(loss, n_samples=n_rows * peers.n, rate=plan.rate(learner.samples_seen))
@@ -215,6 +234,23 @@ def _current_plan(plan: Plan, folder: Path, peers: Peers) -> Plan:
     if peers.n > 1:
         planned, cooldown = (int(v) for v in peers.from_first([planned, cooldown]))
     return Plan(planned_samples=planned, cooldown_samples=cooldown, warmup_samples=plan.warmup_samples)
+
+
+def _surprise(scores: list[Tensor], names: Tensor) -> Tensor:
+    """Mean cross-entropy of scores [n, k, side, side] at any coarseness against names [n, 16, 16]."""
+    total = torch.zeros((), device=names.device)
+    for score in scores:
+        share = F.one_hot(names, score.shape[1]).permute(0, 3, 1, 2).float()
+        share = F.adaptive_avg_pool2d(share, score.shape[-1])
+        total = total - (share * F.log_softmax(score.float(), 1)).sum(1).mean() / len(scores)
+    return total
+
+
+def _named(colours: Tensor) -> Tensor:
+    """Index into COLOURS of the palette colour nearest to each of the colours [n, 3, h, w]."""
+    palette = torch.tensor([PALETTE[name] for name in COLOURS])
+    gap = colours[:, None] - palette[None, :, :, None, None]
+    return gap.square().sum(2).argmin(1)
 
 
 def _near_objects(labels: Tensor) -> Tensor:

@@ -33,6 +33,13 @@ class LatentMap:
         """Latents [n, 8, h/8, w/8] float32 of pictures [n, h, w, 3] uint8."""
         return F.conv2d(to_signed(pictures), self.weight, self.bias, stride=PATCH_PX)
 
+    def mean_colours(self, latents: Tensor) -> Tensor:
+        """Mean colour of every patch, [n, 3, h, w] float32 in [0, 255], as near as the latents tell."""
+        flat = self.weight.reshape(N_CHANNELS, -1)
+        back = torch.linalg.pinv(flat).reshape(3, PATCH_PX**2, N_CHANNELS).mean(1)
+        signed = torch.einsum("ck,nkhw->nchw", back, latents - self.bias[:, None, None])
+        return (signed + 1.0) * 127.5
+
 
 def to_signed(pictures: NDArray[np.uint8]) -> Tensor:
     """Pictures [n, h, w, 3] uint8 as [n, 3, h, w] float32 in [-1, 1]."""

@@ -206,6 +206,7 @@ def _train_denoiser_as(rank: int, work: DenoiserWork) -> None:
         render_set(folder, n=plan.n_pictures, seed=work.seed, n_processes=1),
         folder,
         empty=torch.from_numpy(encode_captions(tokenizer, [""])[0].astype("int64")),
+        latent_map=load_latent_map(folder, work.seed),
         recipe=Recipe(batch=plan.batch, lr=plan.lr),
         seed=work.seed,
         plan=Plan(planned_samples=plan.denoiser_samples, cooldown_samples=plan.cooldown_samples),
