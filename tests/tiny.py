@@ -71,6 +71,35 @@ def build_sd35() -> Any:
     return _sd3(has_t5=True, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
+def build_sdxl_refiner() -> Any:
+    """SDXL refiner: the second text encoder alone, and an aesthetic score in the place of the target size."""
+    parts = _sdxl_parts(in_channels=4, context=CLIP_G_WIDTH, n_ids=5)
+    parts |= {"tokenizer": None, "text_encoder": None}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
+    )
+
+
+def build_flux_dev() -> Any:
+    """FLUX.1 dev: guidance is an input, the noise is shifted by the picture's size."""
+    return diffusers.FluxPipeline(**_flux_parts())
+
+
+def build_flux_schnell() -> Any:
+    """FLUX.1 schnell: neither guidance nor shift."""
+    return diffusers.FluxPipeline(**_flux_parts(has_guidance=False))
+
+
+def build_flux_fill() -> Any:
+    """FLUX.1 Fill: sees the masked picture (16 channels) and the mask (8x8 pixels a cell) beside the latents."""
+    return diffusers.FluxFillPipeline(**_flux_parts(beside=16 + 64))
+
+
+def build_flux_kontext() -> Any:
+    """FLUX.1 Kontext: dev under another name."""
+    return diffusers.FluxKontextPipeline(**_flux_parts())
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd15": build_sd15,
     "sd15-inpaint": build_sd15_inpaint,
@@ -80,6 +109,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd3": build_sd3,
     "sd3-no-t5": build_sd3_no_t5,
     "sd35": build_sd35,
+    "sdxl-refiner": build_sdxl_refiner,
+    "flux-dev": build_flux_dev,
+    "flux-schnell": build_flux_schnell,
+    "flux-fill": build_flux_fill,
+    "flux-kontext": build_flux_kontext,
 }
 
 
@@ -93,7 +127,7 @@ def write(name: str, root: Path) -> Path:
 def load(path: Path) -> Any:
     """The pipeline that `write` put there, as diffusers itself loads it."""
     absent = {} if (path / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-    is_sd3 = (path / "transformer").is_dir()
+    is_sd3 = "StableDiffusion3Pipeline" in (path / "model_index.json").read_text()
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True, **(absent if is_sd3 else {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -114,18 +148,18 @@ def _sd_parts(unet: Any, tokenizer: Any, *, prediction_type: str = "epsilon") ->
     }
 
 
-def _sdxl_parts(*, in_channels: int) -> dict[str, Any]:
+def _sdxl_parts(*, in_channels: int, context: int = CLIP_L_WIDTH + CLIP_G_WIDTH, n_ids: int = 6) -> dict[str, Any]:
     first, second = _clip_tokenizer(), _clip_tokenizer(pad_token="!")
     return {
         "vae": _vae(latent_channels=4),
         "unet": _unet(
-            CLIP_L_WIDTH + CLIP_G_WIDTH,
+            context,
             in_channels=in_channels,
             linear=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             transformer_layers_per_block=(1, 1),
-            projection_class_embeddings_input_dim=6 * 8 + CLIP_G_WIDTH,
+            projection_class_embeddings_input_dim=n_ids * 8 + CLIP_G_WIDTH,
         ),
         "tokenizer": first,
         "tokenizer_2": second,
@@ -162,6 +196,40 @@ def _sd3(*, has_t5: bool, **of_transformer: Any) -> Any:
         tokenizer_3=third if has_t5 else None,
         text_encoder_3=_t5(third) if has_t5 else None,
     )
+
+
+def _flux_parts(*, has_guidance: bool = True, beside: int = 0) -> dict[str, Any]:
+    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    torch.manual_seed(8)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4 * (16 + beside),
+        out_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_L_WIDTH,
+        guidance_embeds=has_guidance,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return {
+        "transformer": _louder(transformer, 2.0),
+        "vae": _vae(
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1159,
+            scaling_factor=0.3611,
+        ),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=has_guidance, shift=3.0 if has_guidance else 1.0
+        ),
+        "tokenizer": clip_tokenizer,
+        "text_encoder": _clip(clip_tokenizer, CLIP_L_WIDTH),
+        "tokenizer_2": t5_tokenizer,
+        "text_encoder_2": _t5(t5_tokenizer),
+    }
 
 
 def _clip_tokenizer(*, pad_token: str = "<|endoftext|>") -> Any:

@@ -22,7 +22,9 @@ Pixels = npt.NDArray[np.uint8]
 FAMILY_OF = {
     "sd15": "sd", "sd15-inpaint": "sd", "sd21": "sd",
     "sdxl": "sdxl", "sdxl-inpaint": "sdxl",
+    "sdxl-refiner": "sdxl",
     "sd3": "sd3", "sd3-no-t5": "sd3", "sd35": "sd3",
+    "flux-dev": "flux", "flux-schnell": "flux", "flux-fill": "flux", "flux-kontext": "flux",
 }  # fmt: skip
 PIPELINES = {
     "sd": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),

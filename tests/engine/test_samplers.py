@@ -219,7 +219,7 @@ def test_flow_heun_draws_what_diffusers_draws() -> None:
 
 def test_flow_heun_takes_the_shift_by_picture_size_that_its_class_does_not_know() -> None:
     flux, table = NoiseSchedule.from_config(FLUX), diffusers.FlowMatchEulerDiscreteScheduler.from_config(FLUX)
-    table.set_timesteps(5, mu=flux.shift_exponent(N_TOKENS))
+    table.set_timesteps(5, mu=flux.shift_exponent(N_TOKENS, n_steps=5))
     told = [e.timestep for e in plan("heun", flux, n_steps=5, n_latent_tokens=N_TOKENS).evaluations]
     grid = table.timesteps.tolist()
     assert told == pytest.approx([grid[0], *(t for t in grid[1:] for _ in range(2))])
@@ -438,7 +438,7 @@ def _reference(config: Config, sampler: str, *, n_steps: int, strength: float, e
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     settings: dict[str, object] = {}
     if config.get("use_dynamic_shifting") and "mu" in accepted:
-        settings["mu"] = schedule.shift_exponent(N_TOKENS)
+        settings["mu"] = schedule.shift_exponent(N_TOKENS, n_steps=n_steps)
     if even_sigmas and "sigmas" in accepted and "use_flow_sigmas" not in extra:
         settings["sigmas"] = np.linspace(1.0, 1 / n_steps, n_steps)
     scheduler.set_timesteps(n_steps, **settings)

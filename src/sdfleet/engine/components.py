@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderTiny,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
-from sdfleet.engine.text_weights import load_clip_text_encoder, load_t5_encoder
+from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
 
 log = logging.getLogger(__name__)
@@ -35,7 +44,11 @@ DENOISERS: tuple[ComponentName, ...] = ("unet", "transformer")
 _DIFFUSERS_CLASSES: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
+    "FluxTransformer2DModel": FluxTransformer2DModel,
+    "Flux2Transformer2DModel": Flux2Transformer2DModel,
+    "ZImageTransformer2DModel": ZImageTransformer2DModel,
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "AutoencoderTiny": AutoencoderTiny,
 }
 
@@ -55,6 +68,11 @@ class Components:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._folder
+
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline that the checkpoint was saved for; empty where it does not say."""
+        return str(self._index.get("_class_name", ""))
 
     def class_name(self, name: ComponentName) -> str | None:
         """The class a component says it is; None when the checkpoint has no such component.
@@ -162,11 +180,15 @@ class Components:
             )
         if class_name == "T5EncoderModel":
             return lambda: load_t5_encoder(folder, dtype=self._device.dtype).to(self._device.torch_device)
+        if class_name in {"Qwen2Tokenizer", "Qwen2TokenizerFast"}:
+            return lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        if class_name in {"Qwen3Model", "Qwen3ForCausalLM"}:
+            return lambda: load_qwen3(folder, dtype=self._device.dtype).to(self._device.torch_device)
         if class_name in _DIFFUSERS_CLASSES:
             return lambda: self._load_diffusers(name, _DIFFUSERS_CLASSES[class_name])
         raise UnsupportedByModel(
             f"the {name} of {self._folder} is a {class_name}, which is not served",
-            hint=f"served are: {', '.join(sorted(_DIFFUSERS_CLASSES))} with CLIP and T5 text encoders",
+            hint=f"served are: {', '.join(sorted(_DIFFUSERS_CLASSES))} with CLIP, T5 and Qwen3 text encoders",
         )
 
     def _load_diffusers(self, name: ComponentName, cls: Any) -> Any:

@@ -20,6 +20,7 @@ from sdfleet.engine.text_encoders import (
     T5Encoder,
     clip_chunks,
     encode_clip,
+    encode_clip_pooled,
     encode_t5,
     t5_length,
 )
@@ -40,10 +41,14 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """How much place prompts take: CLIP windows, and T5 tokens with padding. Prompts of one room can share a batch."""
+    """How much place prompts take: CLIP windows, and tokens with padding. Prompts of one room can share a batch.
+
+    qwen_length: 0 where nothing is padded, or nobody reads with Qwen3.
+    """
 
     n_chunks: int = 1
     t5_length: int = T5_MIN_LENGTH
+    qwen_length: int = 0
 
 
 def room_for(prompts: Sequence[Prompt], *, clips: Sequence[ClipEncoder], t5: T5Encoder | None = None) -> Room:
@@ -52,11 +57,13 @@ def room_for(prompts: Sequence[Prompt], *, clips: Sequence[ClipEncoder], t5: T5E
     Raises InvalidValue for a prompt past T5's limit.
     """
     n_chunks = max(
-        len(clip_chunks(clip.tokenizer, prompt, window=clip.length - 2)) for clip in clips for prompt in prompts
+        (len(clip_chunks(clip.tokenizer, prompt, window=clip.length - 2)) for clip in clips for prompt in prompts),
+        default=1,
     )
     if t5 is None:
         return Room(n_chunks=n_chunks)
-    return Room(n_chunks=n_chunks, t5_length=max(t5_length(t5.tokenizer, prompt) for prompt in prompts))
+    lengths = [t5_length(t5.tokenizer, prompt, min_length=t5.min_length) for prompt in prompts]
+    return Room(n_chunks=n_chunks, t5_length=max(lengths))
 
 
 def sd_conditioning(prompt: Prompt, *, clip: ClipEncoder, room: Room | None = None) -> Conditioning:
@@ -89,6 +96,17 @@ def sdxl_conditioning(
     return Conditioning(states=states, pooled=pooled, tokens=(counted_l, counted_g))
 
 
+def sdxl_refiner_conditioning(
+    prompt: Prompt, *, clip_g: ClipEncoder, room: Room | None = None, is_zero_when_empty: bool = False
+) -> Conditioning:
+    """For the SDXL refiner, as StableDiffusionXLImg2ImgPipeline: CLIP-G's states [n, 1280], its projected vector."""
+    room = room or room_for([prompt], clips=[clip_g])
+    states, pooled, counted = encode_clip(clip_g, prompt, n_chunks=room.n_chunks)
+    if is_zero_when_empty and prompt.is_empty:
+        states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
+    return Conditioning(states=states, pooled=pooled, tokens=(counted,))
+
+
 def sd3_conditioning(
     prompt: Prompt,
     *,
@@ -118,3 +136,14 @@ def sd3_conditioning(
     return Conditioning(
         states=torch.cat([clip_states, t5_states]), pooled=torch.cat([pooled_l, pooled_g]), tokens=tokens
     )
+
+
+def flux_conditioning(prompt: Prompt, *, clip: ClipEncoder, t5: T5Encoder, room: Room | None = None) -> Conditioning:
+    """For FLUX.1, as FluxPipeline: T5's states [t5_length, 4096], and CLIP-L's plain pooled vector [768].
+
+    The vector is of the first window only, as there; the states are of the whole prompt.
+    """
+    room = room or room_for([prompt], clips=(), t5=t5)
+    pooled, counted_clip = encode_clip_pooled(clip, prompt)
+    states, counted_t5 = encode_t5(t5, prompt, length=room.t5_length)
+    return Conditioning(states=states, pooled=pooled, tokens=(counted_clip, counted_t5))

@@ -184,7 +184,7 @@ class Engine:
                 drawing.sampler,
                 family.schedule,
                 n_steps=drawing.steps,
-                strength=1.0 if drawing.task == "txt2img" else drawing.strength,
+                strength=family.strength(drawing),
                 n_latent_tokens=family.n_latent_tokens(drawing),
             )
             start = family.start(drawing, source, generator)
@@ -197,7 +197,7 @@ class Engine:
                 sampler=sampler,
                 generator=generator,
                 prompts=prompts,
-                guidance=drawing.guidance,
+                guidance=family.guidance_weight(drawing),
                 latents=first_latents(sampler, start, from_noise=from_noise),
                 blend=start.blend,
                 extra=start.extra,

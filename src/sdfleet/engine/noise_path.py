@@ -232,7 +232,7 @@ def _solver_flow_sigmas(
     else:
         sigmas = even[:-1]
     if flag(schedule.config, "use_dynamic_shifting"):
-        sigmas = time_shifted(sigmas, schedule.shift_exponent(n_latent_tokens))
+        sigmas = time_shifted(sigmas, schedule.shift_exponent(n_latent_tokens, n_steps=n_steps))
     else:
         sigmas = shifted(sigmas, number(schedule.config, "shift", 1.0))
     if name.rule == "unipc":

@@ -58,6 +58,7 @@ class NoiseSchedule:
     default_sampler: the sampler that the folder's own scheduler class stands for, as `parse_sampler` reads it.
     even_sigmas: the family's pipeline hands its scheduler sigma = 1, (n-1)/n, ..., 1/n before any shift (FLUX and
         Z-Image do), instead of leaving the grid to the scheduler (SD3 does).
+    empirical_shift: the family's pipeline finds mu from FLUX.2's fit over picture size and steps, not from the config.
 
     >>> schedule = NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     >>> schedule.kind, schedule.prediction, schedule.default_sampler
@@ -72,9 +73,12 @@ class NoiseSchedule:
     n_train_timesteps: int
     config: Mapping[str, object]
     even_sigmas: bool = False
+    empirical_shift: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object], *, even_sigmas: bool = False) -> NoiseSchedule:
+    def from_config(
+        cls, config: Mapping[str, object], *, even_sigmas: bool = False, empirical_shift: bool = False
+    ) -> NoiseSchedule:
         """The schedule of a `scheduler_config.json`. Raises UnsupportedByModel for one we cannot sample."""
         config = _without_nones(config)
         class_name = text(config, "_class_name", "")
@@ -88,9 +92,9 @@ class NoiseSchedule:
         if flag(config, "use_flow_sigmas"):
             # Sana and friends: a VP solver class that was given a flow network; it calls the shift `flow_shift`.
             config = {**config, "shift": number(config, "flow_shift", 1.0)}
-            return cls._flow(config, class_name, even_sigmas=even_sigmas)
+            return cls._flow(config, class_name, even_sigmas=even_sigmas, empirical_shift=empirical_shift)
         if "Flow" in class_name or (not _has_any(config, _VP_KEYS) and _has_any(config, _FLOW_KEYS)):
-            return cls._flow(config, class_name, even_sigmas=even_sigmas)
+            return cls._flow(config, class_name, even_sigmas=even_sigmas, empirical_shift=empirical_shift)
         if not _has_any(config, _VP_KEYS) and rule_of_class(class_name) is None:
             raise UnsupportedByModel(
                 f"the scheduler config ({class_name or 'no class named'}) says neither betas nor a flow shift",
@@ -105,7 +109,9 @@ class NoiseSchedule:
         )
 
     @classmethod
-    def _flow(cls, config: dict[str, object], class_name: str, *, even_sigmas: bool) -> NoiseSchedule:
+    def _flow(
+        cls, config: dict[str, object], class_name: str, *, even_sigmas: bool, empirical_shift: bool
+    ) -> NoiseSchedule:
         rule = rule_of_class(class_name)
         return cls(
             kind="flow",
@@ -114,6 +120,7 @@ class NoiseSchedule:
             n_train_timesteps=integer(config, "num_train_timesteps", 1000),
             config=MappingProxyType(config),
             even_sigmas=even_sigmas,
+            empirical_shift=empirical_shift,
         )
 
     def alphas_cumprod(self, defaults: ClassDefaults) -> Floats32:
@@ -158,17 +165,23 @@ class NoiseSchedule:
         """The sigma of each step as FlowMatchEulerDiscreteScheduler sets them, [n_steps], without the final 0."""
         sigmas = self._even_sigmas(n_steps) if self.even_sigmas else self._linear_sigmas(n_steps)
         if flag(self.config, "use_dynamic_shifting"):
-            sigmas = time_shifted(sigmas, self.shift_exponent(n_latent_tokens), linear=self._shifts_linearly)
+            mu = self.shift_exponent(n_latent_tokens, n_steps=n_steps)
+            sigmas = time_shifted(sigmas, mu, linear=self._shifts_linearly)
         else:
             sigmas = shifted(sigmas, number(self.config, "shift", 1.0))
         sigmas = self.stretched_to_terminal(sigmas)
         respaced = spacing if spacing != "default" else configured_spacing(self.config)
         return as_float32(respace(sigmas, respaced, n_steps=n_steps, config=self.config))
 
-    def shift_exponent(self, n_latent_tokens: int | None) -> float:
-        """mu of the resolution-dependent shift: larger pictures spend more steps at high noise (arXiv:2403.03206)."""
+    def shift_exponent(self, n_latent_tokens: int | None, *, n_steps: int) -> float:
+        """mu of the resolution-dependent shift: larger pictures spend more steps at high noise (arXiv:2403.03206).
+
+        Only FLUX.2's depends on the number of steps too.
+        """
         if n_latent_tokens is None:
             raise InvalidValue("n_latent_tokens", "the noise of this checkpoint depends on the picture size")
+        if self.empirical_shift:
+            return empirical_mu(n_latent_tokens, n_steps=n_steps)
         few = number(self.config, "base_image_seq_len", 256)
         many = number(self.config, "max_image_seq_len", 4096)
         base = number(self.config, "base_shift", 0.5)
@@ -209,6 +222,19 @@ def time_shifted(sigmas: Floats, mu: float, *, linear: bool = False) -> Floats:
     """Flow sigmas pushed towards noise by exp(mu), or by mu itself."""
     shift = mu if linear else math.exp(mu)
     return shift / (shift + (1 / sigmas - 1))
+
+
+def empirical_mu(n_latent_tokens: int, *, n_steps: int) -> float:
+    """FLUX.2's mu: a line between what its authors fitted for 10 and for 200 steps (diffusers: compute_empirical_mu).
+
+    >>> round(empirical_mu(4096, n_steps=4), 3), round(empirical_mu(4096, n_steps=50), 3)
+    (2.291, 2.023)
+    """
+    at_200 = 0.00016927 * n_latent_tokens + 0.45666666
+    if n_latent_tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * n_latent_tokens + 1.89833333
+    return at_200 + (at_200 - at_10) / 190.0 * (n_steps - 200)
 
 
 def configured_spacing(config: Mapping[str, object]) -> Spacing:

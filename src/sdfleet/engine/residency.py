@@ -125,7 +125,7 @@ class DeviceResidency:
     def _planned(self, loaded: Loaded, drawing: Drawing, *, busy: Collection[str]) -> MemoryPlan:
         family = loaded.family
         size = {"width_px": drawing.width_px, "height_px": drawing.height_px}
-        n_rows = 2 if drawing.guidance > 1 else 1
+        n_rows = 2 if family.is_guided(drawing) else 1
         while True:
             idle = [c for c in self._loaded if c not in busy and self._loaded[c] is not loaded]
             # While an idle checkpoint could leave, no slower arrangement is considered.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
 from sdfleet.engine.trajectory import Trajectory, advance, to_denoised
@@ -28,7 +29,8 @@ class StepBatch:
         self._guidance = every[self._rows[: self._n_guided]].view(-1, 1, 1, 1)
         told = [t.prompts.negative for t in trajectories if t.prompts.negative is not None]
         told += [t.prompts.positive for t in trajectories]
-        self._states = torch.stack([c.states for c in told])
+        self._states = pad_sequence([c.states for c in told], batch_first=True)
+        self._n_tokens = tuple(len(c.states) for c in told)
         pooled = [c.pooled for c in told if c.pooled is not None]
         self._pooled = torch.stack(pooled) if pooled else None
         extra = [t.extra for t in trajectories if t.extra is not None]
@@ -56,6 +58,7 @@ class StepBatch:
                 timestep=places[:, 0][self._rows],
                 guidance=self._row_guidance,
                 states=self._states,
+                n_tokens=self._n_tokens,
                 pooled=self._pooled,
                 extra=self._extra,
                 size_px=self._size_px,
@@ -80,7 +83,7 @@ def shares_step(family: LatentFamily, trajectory: Trajectory, *, checkpoint: str
     return (
         checkpoint,
         tuple(trajectory.latents.shape[1:]),
-        tuple(positive.states.shape),
+        positive.states.shape[-1] if family.mixes_lengths else tuple(positive.states.shape),
         None if positive.pooled is None else tuple(positive.pooled.shape),
         None if trajectory.extra is None else trajectory.extra.shape[1],
         family.name,

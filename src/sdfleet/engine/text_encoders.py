@@ -51,11 +51,12 @@ class ClipEncoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class T5Encoder:
-    """A T5 encoder and its tokenizer."""
+    """A T5 encoder and its tokenizer. `min_length`: tokens, with padding, that the denoiser was trained to be given."""
 
     name: str
     tokenizer: Any
     module: Any
+    min_length: int = T5_MIN_LENGTH
 
 
 def clip_chunks(tokenizer: Any, prompt: Prompt, *, window: int) -> tuple[Chunk, ...]:
@@ -101,6 +102,23 @@ def encode_clip(clip: ClipEncoder, prompt: Prompt, *, n_chunks: int | None = Non
         states.append(encoded[chunk][0])
         pooled.append(encoded[chunk][1])
     return torch.cat(states), pooled[0], counted
+
+
+def encode_clip_pooled(clip: ClipEncoder, prompt: Prompt) -> tuple[Tensor, TokenCount]:
+    """The plain pooled vector [d'] of the first window, for denoisers that look at nothing else of CLIP (FLUX.1).
+
+    A BREAK is a space here and weights play no part. The count is of what was read; `n_clip_tokens` is of all.
+    """
+    _refuse_float16_on_cpu(clip.module)
+    window = clip.length - 2
+    ids = _plain_ids(clip.tokenizer, prompt)[:window]
+    _, pooled = _encode_window(clip, Chunk(ids=tuple(ids), weights=(1.0,) * len(ids)), window=window)
+    return pooled, TokenCount(encoder=clip.name, n_tokens=len(ids), window=window, n_chunks=1)
+
+
+def n_clip_tokens(clip: ClipEncoder, prompt: Prompt) -> int:
+    """Tokens of the whole prompt, without begin and end mark."""
+    return len(_plain_ids(clip.tokenizer, prompt))
 
 
 def t5_length(tokenizer: Any, prompt: Prompt, *, min_length: int = T5_MIN_LENGTH) -> int:
@@ -160,6 +178,11 @@ def _encode_window(clip: ClipEncoder, chunk: Chunk, *, window: int) -> tuple[Ten
     return _weighted(states, [1.0, *chunk.weights, *[1.0] * (n_pads + 1)]), pooled
 
 
+def _plain_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    ids: list[int] = tokenizer(prompt.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return ids
+
+
 def _t5_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[float]]:
     """Ids and weights of the whole text.
 
@@ -168,7 +191,7 @@ def _t5_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[float]]:
     """
     text, weight_at = weights_by_character(prompt)
     if not prompt.is_weighted:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        ids = _plain_ids(tokenizer, prompt)
         return ids, [1.0] * len(ids)
     read = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
     return list(read.input_ids), [weight_at[start] if start < end else 1.0 for start, end in read.offset_mapping]

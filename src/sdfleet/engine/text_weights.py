@@ -1,4 +1,4 @@
-"""CLIP and T5 text encoders from a checkpoint's folder: every weight accounted for, in the dtype asked for.
+"""CLIP, T5 and Qwen3 text encoders from a checkpoint's folder: every weight accounted for, in the dtype asked for.
 
 transformers' own `from_pretrained` fills what a file lacks with random numbers and only logs it; here a missing,
 unexpected or misshapen weight is an error that names it.
@@ -66,6 +66,24 @@ def load_t5_encoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") ->
         module = T5EncoderModel(config)
     _fill(module, weights, folder=folder)
     module.set_input_embeddings(module.shared)
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def load_qwen3(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A Qwen3Model, ready to encode, also of a Qwen3ForCausalLM: nothing here writes text. Raises as above.
+
+    The causal model's file has the prefix `model.`, and its head only where that is not the embedding table again.
+    """
+    from transformers import Qwen3Config, Qwen3Model
+
+    _refuse_float16_on_cpu(dtype, device)
+    config = _config(folder, Qwen3Config)
+    read = _weights(folder, dtype=dtype, device=device, without=("lm_head.",))
+    with torch.device("meta"):
+        module = Qwen3Model(config)
+    _fill(module, {name.removeprefix("model."): tensor for name, tensor in read.items()}, folder=folder)
+    # Not saved either: frequencies that the config gives, born on the meta device with the rest.
+    module.rotary_emb = type(module.rotary_emb)(config=config).to(device)
     return module.eval().requires_grad_(requires_grad=False)
 
 

@@ -58,7 +58,8 @@ class Vae:
         self._device = device
         self.latent_channels: int = config.latent_channels
         self.px_per_latent: int = 2 ** (len(config.block_out_channels) - 1)
-        self._scale = float(config.scaling_factor)
+        self._px_per_cell = self.px_per_latent
+        self._scale = float(getattr(config, "scaling_factor", 1.0))
         self._shift = float(getattr(config, "shift_factor", None) or 0.0)
         self._mean = self._per_channel(getattr(config, "latents_mean", None), 0.0)
         self._std = self._per_channel(getattr(config, "latents_std", None), 1.0)
@@ -86,8 +87,8 @@ class Vae:
         image = image.to(self._device.torch_device, self._module.dtype)
         believed = self._module.encode(image).latent_dist
         scale = self._scale / self._std
-        mean = (believed.mean.float() - self._shift - self._mean) * scale
-        return Posterior(mean=mean, std=believed.std.float() * scale)
+        mean = (self._packed(believed.mean.float()) - self._shift - self._mean) * scale
+        return Posterior(mean=mean, std=self._packed(believed.std.float()) * scale)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
@@ -97,7 +98,7 @@ class Vae:
         not finite is done once more in float32, and the decoder stays there. Raises EngineFailed when even
         that is not finite, for then the latents themselves are broken.
         """
-        latents = latents * self._std / self._scale + self._shift + self._mean
+        latents = self._unpacked(latents * self._std / self._scale + self._shift + self._mean)
         self._module.use_tiling = self._module.use_slicing = tiled
         if tiled:
             self._set_tiles(max(latents.shape[-2:]))
@@ -112,6 +113,13 @@ class Vae:
             decoded = self._decode(latents)
         return decoded
 
+    def _packed(self, cells: Tensor) -> Tensor:
+        """Latents of the VAE's own cells; the same thing here."""
+        return cells
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        return latents
+
     def _decode(self, latents: Tensor) -> Tensor:
         decoded: Tensor = self._module.decode(latents.to(self._module.dtype), return_dict=False)[0]
         return decoded.float()
@@ -120,7 +128,7 @@ class Vae:
         """Tiles of half the longest side, at most 64 latent cells: a quarter of the memory or less."""
         cells = min(_MOST_TILE_CELLS, max(_LEAST_TILE_CELLS, longest_side // 2))
         self._module.tile_latent_min_size = cells
-        self._module.tile_sample_min_size = cells * self.px_per_latent
+        self._module.tile_sample_min_size = cells * self._px_per_cell
 
     def _to_float32(self) -> None:
         self._module.to(torch.float32)
@@ -138,7 +146,8 @@ class Vae:
         # Neighbours must differ, or the fit would learn from long smooth ramps only; 37 has no factor with 64.
         order = torch.arange(len(colours)) * 37 % len(colours)
         chart = colours[order].T.reshape(1, 3, _CHART_PATCHES, _CHART_PATCHES)
-        image = torch.nn.functional.interpolate(chart, scale_factor=_PATCH_PX, mode="nearest")
+        patch_px = max(_PATCH_PX, 2 * self.px_per_latent)
+        image = torch.nn.functional.interpolate(chart, scale_factor=patch_px, mode="nearest")
         latents = self.encode(image).mean
         cells = torch.nn.functional.interpolate(image.to(latents), size=latents.shape[-2:], mode="area")
         known = latents.flatten(2).permute(0, 2, 1).reshape(-1, self.latent_channels)
@@ -149,3 +158,25 @@ class Vae:
         solved = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
         solved = solved.float().to(self._device.torch_device)
         return PreviewMap(weights=solved[:-1], bias=solved[-1])
+
+
+class PatchedVae(Vae):
+    """An AutoencoderKLFlux2: four cells are one latent of four times the channels, scaled by a batch norm's statistics.
+
+    latents[:, 4 * c + 2 * dy + dx, y, x] = cells[:, c, 2 * y + dy, 2 * x + dx].
+    """
+
+    patch = 2
+
+    def __init__(self, module: Any, device: Device) -> None:
+        super().__init__(module, device)
+        self.latent_channels *= self.patch**2
+        self.px_per_latent *= self.patch
+        self._mean = self._per_channel(module.bn.running_mean.tolist(), 0.0)
+        self._std = (self._per_channel(module.bn.running_var.tolist(), 1.0) + module.config.batch_norm_eps).sqrt()
+
+    def _packed(self, cells: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_unshuffle(cells, self.patch)
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_shuffle(latents, self.patch)

@@ -117,7 +117,7 @@ def draw_batch(
 ) -> Batch:
     """n rows at stratified noise levels.
 
-    signal: cumulative alphas [1000]; empty: tokens of the empty caption [32]; latent_map: what the latents were made with.
+    signal: cumulative alphas [1000]; empty: tokens of the empty caption [32]; latent_map: what made the latents.
     """
     rows = torch.randint(len(pictures), (n,), generator=chance).numpy()
     wording = torch.randint(pictures.tokens.shape[1], (n,), generator=chance).numpy()

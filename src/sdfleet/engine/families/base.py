@@ -53,7 +53,7 @@ class Source:
     """What a picture starts from. Empty for txt2img.
 
     image, masked_image: latents of the input picture, and of it with the masked part greyed out.
-    mask: [1, 1, h, w], 1 where the picture is drawn anew.
+    mask: [1, 1, h, w], 1 where the picture is drawn anew; [1, k, h, w] where a network takes it in more detail.
     """
 
     image: Posterior | None = None
@@ -97,7 +97,8 @@ class NetworkRows:
     """One call of the network. m rows, from any number of trajectories, each at its own timestep.
 
     latents: [m, c, h, w] float32. timestep, guidance: [m]; guidance is for networks that were distilled to take it.
-    states: [m, tokens, d]. pooled: [m, p] or None. extra: [m, k, h, w] or None.
+    states: [m, tokens, d]; of row i the first n_tokens[i] count, and all rows are of one length where the family does
+    not say `mixes_lengths`. pooled: [m, p] or None. extra: [m, k, h, w] or None.
     size_px: (height, width) of the pictures, the same for all rows.
     """
 
@@ -105,6 +106,7 @@ class NetworkRows:
     timestep: Tensor
     guidance: Tensor
     states: Tensor
+    n_tokens: tuple[int, ...]
     pooled: Tensor | None
     extra: Tensor | None
     size_px: tuple[int, int]
@@ -125,13 +127,20 @@ class LatentFamily:
     denoiser: ComponentName
     # Whether the family's pipeline hands its scheduler evenly spaced sigmas, see NoiseSchedule.
     even_sigmas = False
+    # Whether it finds the shift of the noise from picture size and steps, see NoiseSchedule.
+    empirical_shift = False
+    # Whether prompts of different lengths may be in one network call; `predict` then looks at `rows.n_tokens`.
+    mixes_lengths = False
+    codec: type[Vae] = Vae
 
     def __init__(self, components: Components, device: Device, prompts: PromptCache) -> None:
         self.components = components
         self.device = device
         self.prompts = prompts
         self.schedule = NoiseSchedule.from_config(
-            components.config("scheduler", "scheduler_config.json"), even_sigmas=self.even_sigmas
+            components.config("scheduler", "scheduler_config.json"),
+            even_sigmas=self.even_sigmas,
+            empirical_shift=self.empirical_shift,
         )
         self._vae: tuple[Any, Vae] | None = None
         self._preview_map: PreviewMap | None = None
@@ -156,7 +165,7 @@ class LatentFamily:
         """The picture codec, loaded when first used."""
         module = self.components.use("vae")
         if self._vae is None or self._vae[0] is not module:
-            self._vae = (module, Vae(module, self.device))
+            self._vae = (module, self.codec(module, self.device))
         return self._vae[1]
 
     def check(self, drawing: Drawing) -> None:
@@ -175,13 +184,18 @@ class LatentFamily:
                     f"it is {picture.width_px}x{picture.height_px}, the picture to draw "
                     f"{drawing.width_px}x{drawing.height_px}",
                 )
-        if drawing.t5 == "keep" and not self.components.has("text_encoder_3"):
+        if drawing.t5 == "keep" and not self.has_t5:
             raise UnsupportedByModel("this model has no T5 text encoder to keep", hint="leave t5 at auto")
         if self.n_extra_channels and drawing.task != "inpaint":
             raise UnsupportedByModel(
                 "this is an inpainting model: it draws only with an image and a mask",
                 hint="give --image and --mask, or use the plain model",
             )
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether a T5 is among the text encoders."""
+        return any(self.components.class_name(name) == "T5EncoderModel" for name in TEXT_ENCODERS)
 
     @property
     def side_multiple_px(self) -> int:
@@ -201,6 +215,14 @@ class LatentFamily:
     def is_guided(self, drawing: Drawing) -> bool:
         """Whether the network is called for the negative prompt too. A family with guidance built in says no."""
         return drawing.guidance > 1
+
+    def strength(self, drawing: Drawing) -> float:
+        """(0, 1], how much of the way from noise is gone. A family that only looks at the input picture says 1."""
+        return 1.0 if drawing.task == "txt2img" else drawing.strength
+
+    def guidance_weight(self, drawing: Drawing) -> float:
+        """w in negative + w * (positive - negative), or what a network distilled with guidance is told."""
+        return drawing.guidance
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """Conditioning for the prompt, and for the negative prompt where guidance is above 1."""
