@@ -16,16 +16,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sdfleet.domain import Drawing, FinishedPicture, JobId, Progress, TokenCount
+from sdfleet.domain import Drawing, FinishedPicture, JobId, Progress
 from sdfleet.engine.batcher import Batcher, Candidate
 from sdfleet.engine.devices import StepClock, choose_device, out_of_memory_as_ours
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
+from sdfleet.engine.job import Job
 from sdfleet.engine.memory import Rung
 from sdfleet.engine.pixels import resized, to_picture
 from sdfleet.engine.residency import DeviceResidency, Loaded
@@ -44,31 +45,6 @@ _SMALLER_SIDE = 0.75
 _SMALLEST_SIDE_PX = 64
 
 
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """A drawing on its way. `left`: pictures not yet sent."""
-
-    drawing: Drawing
-    order: int
-    begun_s: float
-    wants_previews: bool
-    left: int
-    n_evaluations: int = 0
-    n_evaluated: int = 0
-    denoise_begun_s: float | None = None
-    timings_s: dict[str, float] = field(default_factory=dict)
-    tokens: tuple[TokenCount, ...] = ()
-    warnings: list[str] = field(default_factory=list)
-    rungs: list[Rung] = field(default_factory=list)
-
-    def spend(self, phase: str, seconds: float) -> None:
-        self.timings_s[phase] = self.timings_s.get(phase, 0.0) + seconds
-
-    def climb(self, rung: Rung) -> None:
-        if rung not in self.rungs:
-            self.rungs.append(rung)
-
-
 class Engine:
     """Draws on one device. Not thread-safe: one thread owns it, from the first call to the last."""
 
@@ -79,8 +55,8 @@ class Engine:
         self._residency = DeviceResidency(self._device, options)
         self._batcher = Batcher(max_rows=options.max_rows)
         self._clock = StepClock(self._device)
-        self._pending: deque[_Job] = deque()
-        self._jobs: dict[JobId, _Job] = {}
+        self._pending: deque[Job] = deque()
+        self._jobs: dict[JobId, Job] = {}
         self._live: dict[int, Trajectory] = {}
         self._keys: dict[int, tuple[object, ...]] = {}
         self._cancelled: list[JobId] = []
@@ -109,7 +85,7 @@ class Engine:
     def submit(self, drawing: Drawing) -> None:
         """Take a job; it is prepared in the next turns. Its end is a JobDone or a JobFailed event."""
         self._n_jobs += 1
-        job = _Job(
+        job = Job(
             drawing=drawing,
             order=self._n_jobs,
             begun_s=time.perf_counter(),
@@ -161,13 +137,13 @@ class Engine:
             if self._live and time.perf_counter() - begun_s >= max(self._step_s, _PREPARE_S):
                 return
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: Job) -> None:
         drawing = job.drawing
         busy = {self._jobs[t.job_id].drawing.checkpoint for t in self._live.values()}
-        with _Timed(job, "load"):
+        with job.timed("load"):
             loaded = self._residency.acquire(drawing, busy=busy)
             family = loaded.family
-        with _Timed(job, "encode"), torch.inference_mode():
+        with job.timed("encode"), torch.inference_mode():
             self._residency.enter(loaded, "encode")
             prompts = family.encode(drawing)
             if drawing.image is not None:
@@ -358,7 +334,7 @@ class Engine:
 
     # -- leaving, for better or worse
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         now_s = time.perf_counter()
         del self._jobs[job.drawing.job_id]
         decode_s = job.timings_s.get("decode", 0.0)
@@ -376,7 +352,7 @@ class Engine:
             )
         )
 
-    def _fail(self, job: _Job, error: SdfleetError) -> None:
+    def _fail(self, job: Job, error: SdfleetError) -> None:
         self._jobs.pop(job.drawing.job_id, None)
         for trajectory in [t for t in self._live.values() if t.job_id == job.drawing.job_id]:
             self._leave(trajectory)
@@ -387,7 +363,7 @@ class Engine:
         self._keys.pop(trajectory.id, None)
         self._batch = None
 
-    def _guarded(self, job: _Job | None, action: Callable[[], None]) -> None:
+    def _guarded(self, job: Job | None, action: Callable[[], None]) -> None:
         """Do something for one job; if it fails, that job fails and no other."""
         if job is None:
             return
@@ -446,7 +422,7 @@ class Engine:
         loaded.row_caps[self._keys[batch.trajectories[0].id]] = max(2, batch.n_rows // 2)
         return True
 
-    def _restart_smaller(self, job: _Job) -> bool:
+    def _restart_smaller(self, job: Job) -> bool:
         """Draw a job again at three quarters of its sides and resize the picture, if its request allows that."""
         drawing = job.drawing
         multiple = self._residency.get(drawing.checkpoint).family.side_multiple_px
@@ -476,20 +452,7 @@ class Engine:
         return self._residency.get(self._jobs[trajectory.job_id].drawing.checkpoint)
 
 
-class _Timed:
-    """Adds the seconds of a block to a job's timings."""
-
-    def __init__(self, job: _Job, phase: str) -> None:
-        self._job, self._phase = job, phase
-
-    def __enter__(self) -> None:
-        self._begun_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._job.spend(self._phase, time.perf_counter() - self._begun_s)
-
-
-def _as_ours(exc: Exception, job: _Job) -> EngineFailed:
+def _as_ours(exc: Exception, job: Job) -> EngineFailed:
     log.error("a picture failed", extra={"job_id": job.drawing.job_id}, exc_info=exc)
     first_line = (str(exc).strip().splitlines() or [""])[0][:200]
     return EngineFailed(f"the engine failed while drawing: {type(exc).__name__}: {first_line}")
