@@ -19,7 +19,7 @@ from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
 from sdfleet.engine.families.sd import StableDiffusion
 from sdfleet.engine.vae import Vae
-from sdfleet.errors import InvalidValue, JobCancelled, OutOfMemory, UnsupportedByModel
+from sdfleet.errors import BrokenCheckpoint, InvalidValue, JobCancelled, OutOfMemory, UnsupportedByModel
 from sdfleet.starter import weights_path
 from tests.engine.drawing import FLOAT32, drawing, most_levels_apart, ours, photo, pictures, run, square_mask
 
@@ -372,3 +372,31 @@ def test_a_picture_can_be_brought_to_another_size(engine: Engine, checkpoints: C
     engine.submit(drawing("sd15", checkpoints("sd15"), resize_to=(100, 150)))
 
     assert pictures(run(engine))["job", 0].shape == (150, 100, 3)
+
+
+def test_t5_is_neither_loaded_nor_counted_where_a_drawing_does_without(
+    engine: Engine, checkpoints: Checkpoints
+) -> None:
+    engine.submit(drawing("sd3", checkpoints("sd3"), t5="skip"))
+    tokens = done(run(engine), "job").tokens
+    without = int(engine.facts()["resident_bytes"])  # type: ignore[call-overload]
+    engine.submit(drawing("sd3", checkpoints("sd3")))
+    run(engine)
+
+    assert [t.encoder for t in tokens] == ["clip_l", "clip_g"]
+    assert without < int(engine.facts()["resident_bytes"])  # type: ignore[call-overload]
+
+
+def test_weights_that_cannot_be_read_fail_their_job_and_no_other(
+    engine: Engine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints("sd15"), broken)
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    engine.submit(drawing("sd15", broken, job="broken"))
+    engine.submit(drawing("sd15", checkpoints("sd15"), job="whole"))
+    events = run(engine)
+
+    assert isinstance(failure(events, "broken").error, BrokenCheckpoint)
+    assert done(events, "whole").tokens

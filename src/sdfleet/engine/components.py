@@ -130,9 +130,9 @@ class Components:
         self._aside.clear()
         self._device.release_cached()
 
-    def weights(self) -> Weights:
-        """Bytes the components will take on the device, from the files' sizes alone; nothing is loaded."""
-        text = sum(self._loaded_bytes(name, self._device.dtype) for name in TEXT_ENCODERS if self.has(name))
+    def weights(self, *, text_encoders: Iterable[ComponentName] = TEXT_ENCODERS) -> Weights:
+        """Bytes the components will take on the device, from the files' headers alone; nothing is loaded."""
+        text = sum(self._loaded_bytes(name, self._device.dtype) for name in text_encoders if self.has(name))
         denoiser = sum(self._loaded_bytes(name, self._device.dtype) for name in DENOISERS if self.has(name))
         return Weights(text=text, denoiser=denoiser, vae=self._loaded_bytes("vae", self._device.vae_dtype))
 

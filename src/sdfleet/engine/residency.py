@@ -57,7 +57,7 @@ class DeviceResidency:
         return sum(loaded.family.components.resident_bytes() for loaded in self._loaded.values())
 
     def acquire(self, drawing: Drawing, *, busy: Collection[str]) -> Loaded:
-        """The checkpoint of a drawing, planned for its size; its weights are loaded as phases need them.
+        """The checkpoint of a drawing, planned for its size and loaded; by phase, weights come as phases need them.
 
         busy: checkpoints with pictures in the making, which stay. Raises OutOfMemory with the numbers when
         the drawing cannot fit even alone, before anything is loaded.
@@ -71,6 +71,11 @@ class DeviceResidency:
         loaded.tile_vae = loaded.tile_vae or arrangement.tile_vae
         self._loaded[checkpoint] = loaded
         self._loaded.move_to_end(checkpoint)
+        if loaded.residency == "all":
+            # Now rather than in the middle of a step: what is wrong with a file is then wrong with this job alone.
+            family = loaded.family
+            for name in (*family.text_encoders(drawing), family.denoiser, *family.components_for("decode")):
+                family.components.use(name)
         return loaded
 
     def get(self, checkpoint: str) -> Loaded:
@@ -126,22 +131,27 @@ class DeviceResidency:
         family = loaded.family
         size = {"width_px": drawing.width_px, "height_px": drawing.height_px}
         n_rows = 2 if family.is_guided(drawing) else 1
+        text_encoders = family.text_encoders(drawing)
         while True:
             idle = [c for c in self._loaded if c not in busy and self._loaded[c] is not loaded]
             # While an idle checkpoint could leave, no slower arrangement is considered.
             mode: MemoryMode = "fast" if idle and self._mode == "auto" else self._mode
             try:
                 return plan(
-                    family.components.weights(),
+                    family.components.weights(text_encoders=text_encoders),
                     activation_bytes=family.peak_bytes(**size, n_rows=n_rows),
                     decode_bytes=family.decode_bytes(**size),
                     free_bytes=self._room_for(loaded),
                     mode=mode,
                 )
-            except OutOfMemory:
-                if not idle:
+            except OutOfMemory as exc:
+                if idle:
+                    self._evict(idle[0])
+                elif "text_encoder_3" in text_encoders:
+                    hint = f"leave the T5 text encoder out (t5 'skip'), or {exc.hint}"
+                    raise OutOfMemory(exc.message, hint=hint) from exc
+                else:
                     raise
-                self._evict(idle[0])
 
     def _room_for(self, loaded: Loaded) -> int:
         """Bytes this checkpoint may hold: what is free and what it holds already, within the limit if one is set."""

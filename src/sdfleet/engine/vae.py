@@ -17,9 +17,10 @@ from sdfleet.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 
-# Side of the colour chart from which the preview map is fitted: 8x8 patches of 16 px give 64 distinct colours.
+# The colour chart from which the preview map is fitted: 8x8 patches give 64 colours, and 32 px a middle to each. With
+# 16 px the edges weighed so much that colours came out 15 % too strong on the built-in VAE.
 _CHART_PATCHES = 8
-_PATCH_PX = 16
+_PATCH_PX = 32
 # A tile of 64 cells is the 512 px that most decoders were trained on; below 8 cells the seams' overlap is all there is.
 _MOST_TILE_CELLS = 64
 _LEAST_TILE_CELLS = 8

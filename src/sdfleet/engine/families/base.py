@@ -154,11 +154,15 @@ class LatentFamily:
         """The components that must be on the device during a phase; all others may be put away."""
         match phase:
             case "encode":
-                return tuple(name for name in TEXT_ENCODERS if self.components.has(name))
+                return self.text_encoders()
             case "denoise":
                 return (self.denoiser,)
             case "decode":
                 return ("vae",)
+
+    def text_encoders(self, drawing: Drawing | None = None) -> tuple[ComponentName, ...]:
+        """The text encoders that a drawing needs; all there are, when none is given."""
+        return tuple(name for name in TEXT_ENCODERS if self.components.has(name))
 
     @property
     def vae(self) -> Vae:

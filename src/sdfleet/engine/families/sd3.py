@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdfleet.domain import Drawing
+from sdfleet.engine.components import ComponentName
 from sdfleet.engine.conditioning import Conditioning, Room, sd3_conditioning
 from sdfleet.engine.families.base import LatentFamily, NetworkRows, PromptPair
 from sdfleet.engine.prompt import Prompt
@@ -26,6 +27,11 @@ class StableDiffusion3(LatentFamily):
         """The transformer takes latents in patches."""
         return self.px_per_latent * self._patch
 
+    def text_encoders(self, drawing: Drawing | None = None) -> tuple[ComponentName, ...]:
+        """Without T5 where a drawing does without."""
+        names = super().text_encoders()
+        return tuple(name for name in names if name != "text_encoder_3") if drawing and drawing.t5 == "skip" else names
+
     def encode(self, drawing: Drawing) -> PromptPair:
         """CLIP states over T5 states, and both CLIPs' projected vectors."""
         clip_l = ClipEncoder(
@@ -41,7 +47,7 @@ class StableDiffusion3(LatentFamily):
             layer="penultimate",
         )
         t5 = None
-        if drawing.t5 != "skip" and self.components.has("text_encoder_3"):
+        if "text_encoder_3" in self.text_encoders(drawing):
             t5 = T5Encoder(
                 name="t5", tokenizer=self.components.use("tokenizer_3"), module=self.components.use("text_encoder_3")
             )
