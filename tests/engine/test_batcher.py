@@ -35,6 +35,17 @@ def test_stops_at_the_knee() -> None:
     assert settle(Batcher(), candidates(20), lambda n_rows: 0.1 * max(1.0, n_rows / 8)) == 8
 
 
+def test_a_few_slow_calls_do_not_stop_the_growth() -> None:
+    """Another program takes the device for the first three calls at every new size."""
+    n_seen: dict[int, int] = {}
+
+    def seconds(n_rows: int) -> float:
+        n_seen[n_rows] = n_seen.get(n_rows, 0) + 1
+        return (0.020 + 0.001 * n_rows) * (5 if n_seen[n_rows] <= 3 else 1)
+
+    assert settle(Batcher(), candidates(20), seconds) >= 32
+
+
 def test_a_given_limit_is_kept_whatever_is_measured() -> None:
     assert settle(Batcher(max_rows=6), candidates(20), lambda _n_rows: 0.02) == 6
 

@@ -15,7 +15,7 @@ from sdfleet.domain import JobId, Progress
 from sdfleet.engine.components import Components
 from sdfleet.engine.devices import choose_device
 from sdfleet.engine.engine import Engine
-from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed
+from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
 from sdfleet.engine.families.sd import StableDiffusion
 from sdfleet.engine.vae import Vae
@@ -76,6 +76,17 @@ def test_a_job_that_comes_later_joins_the_running_batch(
     run(engine)
 
     assert calls == [2, 3, 3, 2]
+
+
+def test_one_picture_need_not_wait_for_all_of_a_big_job(checkpoints: Checkpoints) -> None:
+    narrow = Engine(EngineOptions(device="cpu", dtype="float32", n_threads=1, max_rows=2))
+    narrow.submit(drawing("sd15", checkpoints("sd15"), job="big", n_images=6, steps=4))
+    events = [event for _ in range(6) for event in narrow.step()]
+    narrow.submit(drawing("sd15", checkpoints("sd15"), job="single", seed=3, steps=4))
+    order = [(e.job_id, e.image_index) for e in events + run(narrow) if isinstance(e, PictureDone)]
+
+    assert order.index(("single", 0)) <= 3
+    assert len(order) == 7
 
 
 def test_progress_counts_every_step_and_ends_with_nothing_left(engine: Engine, checkpoints: Checkpoints) -> None:

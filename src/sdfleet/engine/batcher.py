@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 _MUST_FALL_BY = 0.05
 # The first call at a new size pays for set-up inside the libraries, so it is not counted.
 _CALLS_BEFORE_TRUST = 2
+# A gain is believed at once, its absence only after this many calls: other programs make calls slower, never faster.
+_CALLS_BEFORE_SETTLING = 5
 # Speed changes (other programs, heat): a limit once found is tried again after this many calls at it.
 _CALLS_BEFORE_RETRY = 200
 _FIRST_LIMIT = 2
@@ -122,10 +124,10 @@ class Batcher:
                 speed.row_s.pop(size * 2, None)
             return
         smaller = speed.row_s.get(size // 2)
-        if smaller is not None and speed.row_s[size] > smaller * (1 - _MUST_FALL_BY):
-            speed.limit, speed.settled = size // 2, True
-        else:
+        if smaller is None or speed.row_s[size] <= smaller * (1 - _MUST_FALL_BY):
             speed.limit = size * 2
+        elif speed.n_calls[size] >= _CALLS_BEFORE_SETTLING:
+            speed.limit, speed.settled = size // 2, True
         speed.calls_at_limit = 0
 
     def _limit(self, key: Hashable, cap: int | None) -> tuple[int, str]:

@@ -63,7 +63,7 @@ class Engine:
         self._events: list[Event] = []
         self._batch: StepBatch | None = None
         self._n_made = 0
-        self._n_jobs = 0
+        self._n_turns = 0
         self._step_s = 0.0
 
     @property
@@ -84,10 +84,9 @@ class Engine:
 
     def submit(self, drawing: Drawing) -> None:
         """Take a job; it is prepared in the next turns. Its end is a JobDone or a JobFailed event."""
-        self._n_jobs += 1
         job = Job(
             drawing=drawing,
-            order=self._n_jobs,
+            arrived_turn=self._n_turns,
             begun_s=time.perf_counter(),
             wants_previews=drawing.wants_previews,
             left=drawing.n_images,
@@ -107,6 +106,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One turn, see the top of this file. Answers with what happened; empty when idle."""
+        self._n_turns += 1
         for job_id in self._cancelled:
             if job_id in self._jobs:
                 self._fail(self._jobs[job_id], JobCancelled("the job was cancelled"))
@@ -221,7 +221,7 @@ class Engine:
             key = self._keys[trajectory.id]
             loaded = self._loaded_of(trajectory)
             caps[key] = self._residency.row_cap(loaded, job.drawing, key)
-            due = job.order + trajectory.image_index * trajectory.n_evaluations
+            due = job.arrived_turn + trajectory.image_index * trajectory.n_evaluations
             candidates.append(Candidate(id=trajectory.id, key=key, n_rows=trajectory.n_rows, due=due))
         decision = self._batcher.choose(candidates, caps)
         if self._batch is None or self._batch.ids != decision.ids:

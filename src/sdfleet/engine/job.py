@@ -13,10 +13,10 @@ from sdfleet.engine.memory import Rung
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A drawing on its way. `left`: pictures not yet sent."""
+    """A drawing on its way. `arrived_turn`: the engine's turn it came in. `left`: pictures not yet sent."""
 
     drawing: Drawing
-    order: int
+    arrived_turn: int
     begun_s: float
     wants_previews: bool
     left: int
