@@ -85,7 +85,7 @@ def test_one_picture_need_not_wait_for_all_of_a_big_job(checkpoints: Checkpoints
     narrow.submit(drawing("sd15", checkpoints("sd15"), job="single", seed=3, steps=4))
     order = [(e.job_id, e.image_index) for e in events + run(narrow) if isinstance(e, PictureDone)]
 
-    assert order.index(("single", 0)) <= 3
+    assert order.index((JobId("single"), 0)) <= 3
     assert len(order) == 7
 
 
@@ -379,10 +379,21 @@ def test_reproducible_rows_run_alone(engine: Engine, checkpoints: Checkpoints, m
     assert calls == [2] * 6
 
 
-def test_a_picture_can_be_brought_to_another_size(engine: Engine, checkpoints: Checkpoints) -> None:
-    engine.submit(drawing("sd15", checkpoints("sd15"), resize_to=(100, 150)))
+def test_a_picture_brought_to_another_shape_is_filled_up_at_the_edges(engine: Engine, checkpoints: Checkpoints) -> None:
+    engine.submit(drawing("sd15", checkpoints("sd15"), resize_to=(128, 200)))
+    drawn = pictures(run(engine))["job", 0]
 
-    assert pictures(run(engine))["job", 0].shape == (150, 100, 3)
+    assert drawn.shape == (200, 128, 3)
+    assert (drawn[:36] == drawn[36]).all()
+    assert (drawn[164:] == drawn[163]).all()
+
+
+def test_a_picture_made_from_another_is_stretched_back_to_its_shape(engine: Engine, checkpoints: Checkpoints) -> None:
+    engine.submit(drawing("sd15", checkpoints("sd15"), image=photo(), strength=0.5, resize_to=(128, 200)))
+    drawn = pictures(run(engine))["job", 0]
+
+    assert drawn.shape == (200, 128, 3)
+    assert not (drawn[:36] == drawn[36]).all()
 
 
 def test_t5_is_neither_loaded_nor_counted_where_a_drawing_does_without(

@@ -28,7 +28,7 @@ from sdfleet.engine.devices import StepClock, choose_device, out_of_memory_as_ou
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
 from sdfleet.engine.job import Job
 from sdfleet.engine.memory import Rung
-from sdfleet.engine.pixels import resized, to_picture
+from sdfleet.engine.pixels import fitted, resized, to_picture
 from sdfleet.engine.residency import DeviceResidency, Loaded
 from sdfleet.engine.samplers import make_sampler
 from sdfleet.engine.step_batch import StepBatch, shares_step
@@ -267,7 +267,9 @@ class Engine:
             self._leave(trajectory)
             picture = to_picture(image)
             if job.drawing.resize_to is not None:
-                picture = resized(picture, *job.drawing.resize_to)
+                # An input picture was stretched to what the model draws, so its answer is stretched back.
+                bring = fitted if job.drawing.image is None else resized
+                picture = bring(picture, *job.drawing.resize_to)
             done = FinishedPicture(picture=picture, seed=trajectory.seed, reproducible=job.drawing.reproducible)
             index = trajectory.image_index
             self._events.append(PictureDone(job_id=trajectory.job_id, image_index=index, finished=done))
