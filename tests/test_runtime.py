@@ -182,6 +182,12 @@ def test_what_the_model_ignores_is_told(tmp_path: Path) -> None:
     assert "toy ignores negative_prompt" in result.warnings
 
 
+def test_what_the_model_ignores_is_not_noted_as_if_it_had_done_something(tmp_path: Path) -> None:
+    runtime = _runtime(tmp_path, ignores=("negative_prompt", "guidance"), guidance=0.0)
+    drawing = _drawing(runtime, negative_prompt="blur", guidance=9.0)
+    assert (drawing.negative_prompt, drawing.guidance) == ("", 0.0)
+
+
 def test_sd3_without_t5_skips_it_and_says_so(tmp_path: Path) -> None:
     write_sd3(tmp_path / "toy", has_t5=False)
     result = _generate(_runtime(tmp_path, family="sd3"))
@@ -252,3 +258,19 @@ def test_leaving_closes_the_backend(tmp_path: Path) -> None:
             await runtime.close()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((512, 512), "drawn at 128x128 and resized to 512x512: starter draws sides of 128 px"),
+        ((512, 256), "drawn at 128x128, resized to 256x256 and filled up at the edges to 512x256: starter draws"),
+        ((256, 128), "drawn at 128x128 and filled up at the edges to 256x128: starter draws"),
+    ],
+)
+def test_the_built_in_model_says_how_it_came_to_another_size(size: tuple[int, int], words: str, tmp_path: Path) -> None:
+    request = ImageRequest(prompt="a red star", width_px=size[0], height_px=size[1])
+    prepared = Runtime(catalog=Catalog(tmp_path), backend=FakeBackend())._prepare(request, wants_previews=False)
+
+    assert (prepared.drawing.width_px, prepared.drawing.height_px, prepared.drawing.resize_to) == (128, 128, size)
+    assert any(warning.startswith(words) for warning in prepared.warnings)

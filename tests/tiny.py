@@ -20,6 +20,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 32, 64, 128
+QWEN_WIDTH = 16
 SIDE_PX = 64
 
 # Words that T5's toy tokenizer knows whole; it spells the others.
@@ -100,6 +101,43 @@ def build_flux_kontext() -> Any:
     return diffusers.FluxKontextPipeline(**_flux_parts())
 
 
+def build_klein() -> Any:
+    """FLUX.2 klein: distilled, so that guidance has no effect."""
+    return diffusers.Flux2KleinPipeline(**_klein_parts(), is_distilled=True)
+
+
+def build_klein_base() -> Any:
+    """FLUX.2 klein base: the same network, guided by a negative prompt."""
+    return diffusers.Flux2KleinPipeline(**_klein_parts(), is_distilled=False)
+
+
+def build_zimage() -> Any:
+    """Z-Image. Its pad tokens are zero at birth, as its norms are one; here they are something."""
+    tokenizer = _qwen_tokenizer()
+    torch.manual_seed(9)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=QWEN_WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 64, 64],
+    ).eval()
+    with torch.no_grad():
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return diffusers.ZImagePipeline(
+        transformer=transformer,
+        vae=_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer,
+        text_encoder=_qwen(tokenizer, n_layers=3, cls=transformers.Qwen3Model),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd15": build_sd15,
     "sd15-inpaint": build_sd15_inpaint,
@@ -114,6 +152,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "flux-schnell": build_flux_schnell,
     "flux-fill": build_flux_fill,
     "flux-kontext": build_flux_kontext,
+    "klein": build_klein,
+    "klein-base": build_klein_base,
+    "zimage": build_zimage,
 }
 
 
@@ -213,6 +254,12 @@ def _flux_parts(*, has_guidance: bool = True, beside: int = 0) -> dict[str, Any]
         guidance_embeds=has_guidance,
         axes_dims_rope=(4, 6, 6),
     ).eval()
+    with torch.no_grad():
+        # Among 500 padding tokens a word is heard only where attention is sharp.
+        transformer.context_embedder.weight.mul_(4.0)
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")):
+                parameter.mul_(4.0)
     return {
         "transformer": _louder(transformer, 2.0),
         "vae": _vae(
@@ -230,6 +277,76 @@ def _flux_parts(*, has_guidance: bool = True, beside: int = 0) -> dict[str, Any]
         "tokenizer_2": t5_tokenizer,
         "text_encoder_2": _t5(t5_tokenizer),
     }
+
+
+def _klein_parts() -> dict[str, Any]:
+    tokenizer = _qwen_tokenizer()
+    torch.manual_seed(10)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * QWEN_WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    ).eval()
+    vae = diffusers.AutoencoderKLFlux2(
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=SIDE_PX,
+        block_out_channels=(4, 4, 4, 4),
+    ).eval()
+    # What training measured of the latents; a fresh batch norm says 0 and 1.
+    vae.bn.running_mean.normal_(0.0, 0.2)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return {
+        "transformer": _louder(transformer, 2.5),
+        "vae": vae,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "tokenizer": tokenizer,
+        # Layers 9, 18 and 27 are read.
+        "text_encoder": _qwen(tokenizer, n_layers=28, cls=transformers.Qwen3ForCausalLM),
+    }
+
+
+def _qwen_tokenizer() -> Any:
+    """Bytes, two merges and Qwen's own marks, with a chat template that says whether the answer is thought about."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    merges = [("c", "a"), ("ca", "t")]
+    tokens = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges), *marks]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=131072,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def _qwen(tokenizer: Any, *, n_layers: int, cls: Any) -> Any:
+    torch.manual_seed(11)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=QWEN_WIDTH,
+        intermediate_size=2 * QWEN_WIDTH,
+        num_hidden_layers=n_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return _louder(cls(config), 3.0).eval()
 
 
 def _clip_tokenizer(*, pad_token: str = "<|endoftext|>") -> Any:

@@ -22,6 +22,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_rows=settings.max_rows,
         memory_limit_bytes=settings.memory_limit,
         n_threads=settings.threads,
+        executor=settings.executor,
+        cache_folder=str(settings.cache_folder / "openvino"),
     )
 
 

@@ -145,8 +145,8 @@ class Drawing:
 
     checkpoint: folder with the weights; family: which adapter reads them.
     sampler: canonical name, see engine/samplers.py.
-    resize_to: (width_px, height_px) the finished picture is brought to, when the model cannot draw at that size. Another
-        shape is filled up at the edges; stretched if there is an input picture, which was stretched too.
+    resize_to: (width_px, height_px) the finished picture is brought to, when the model cannot draw at that size; for
+        another shape it is filled up at the edges, or stretched if there is an input picture, which was stretched too.
     wants_previews: someone is looking; without it no preview is ever computed.
     """
 

@@ -117,22 +117,20 @@ class Runtime:
         found = self.catalog.inspect(entry)
 
         warnings: list[str] = []
-        guidance = card.guidance if request.guidance is None else request.guidance
+        guidance = card.guidance if request.guidance is None or "guidance" in card.ignores else request.guidance
         _warn_of_ignored(request, card, guidance=guidance, warnings=warnings)
         t5 = _t5(request, found, warnings)
         size = _asked_size(request, card, warnings)
         drawn = _drawn_size(card, *size)
         if drawn != size:
-            warnings.append(
-                f"drawn at {_x(drawn)} and resized to {_x(size)}: {card.name} draws sides of "
-                f"{card.min_side_px} to {card.max_side_px} px"
-            )
+            warnings.append(_how_resized(card, drawn, size, has_image=request.image is not None))
         drawing = Drawing(
             job_id=JobId(secrets.token_hex(6)),
             checkpoint=str(entry.folder),
             family=card.family,
             prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
+            # What has no effect is not noted in the picture either, nor told twice.
+            negative_prompt="" if "negative_prompt" in card.ignores else request.negative_prompt,
             width_px=drawn[0],
             height_px=drawn[1],
             steps=card.steps if request.steps is None else request.steps,
@@ -192,6 +190,21 @@ def _asked_size(request: ImageRequest, card: Card, warnings: list[str]) -> tuple
         given = (request.image.width_px, request.image.height_px)
         warnings.append(f"the input image was resized from {_x(given)} to {_x(size)}")
     return size
+
+
+def _how_resized(card: Card, drawn: tuple[int, int], size: tuple[int, int], *, has_image: bool) -> str:
+    sides = (
+        f"{card.min_side_px}" if card.min_side_px == card.max_side_px else f"{card.min_side_px} to {card.max_side_px}"
+    )
+    why = f"{card.name} draws sides of {sides} px"
+    scale = min(size[0] / drawn[0], size[1] / drawn[1])
+    inner = (round(drawn[0] * scale), round(drawn[1] * scale))
+    if inner == size:
+        return f"drawn at {_x(drawn)} and resized to {_x(size)}: {why}"
+    if has_image:
+        return f"drawn at {_x(drawn)} and stretched to {_x(size)}, as the input picture was: {why}"
+    resized = "" if inner == drawn else f", resized to {_x(inner)}"
+    return f"drawn at {_x(drawn)}{resized} and filled up at the edges to {_x(size)}: {why}"
 
 
 def _size_of_input(image: Picture) -> tuple[int, int]:

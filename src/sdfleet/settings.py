@@ -53,7 +53,7 @@ class Settings(BaseSettings):
 
     home: imported cards, outputs and logs. outputs: finished pictures; None puts them into `home/outputs`.
     backend: "fake" makes up pictures without a model, for testing what stands around it.
-    device, dtype, memory_mode, max_rows, memory_limit (bytes), threads: as in `engine.events.EngineOptions`.
+    device, dtype, memory_mode, max_rows, memory_limit (bytes), threads, executor: as in `engine.events.EngineOptions`.
     """
 
     model_config = SettingsConfigDict(env_prefix="SD_", env_ignore_empty=True, extra="forbid", frozen=True)
@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     max_rows: Annotated[int, Field(ge=1, le=4096)] | None = None
     memory_limit: Annotated[int, BeforeValidator(_bytes), Field(ge=2**20)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    executor: Annotated[Literal["auto", "torch", "openvino"], BeforeValidator(_lower)] = "auto"
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
     log_json: bool = False
 
@@ -80,6 +81,11 @@ class Settings(BaseSettings):
     def outputs_folder(self) -> Path:
         """Where finished pictures go when nobody names a file."""
         return self.outputs or self.home / "outputs"
+
+    @property
+    def cache_folder(self) -> Path:
+        """What can be made again: may be deleted at any time."""
+        return self.home / "cache"
 
     @property
     def logs_folder(self) -> Path:

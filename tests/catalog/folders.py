@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,18 @@ def write_sdxl(folder: Path) -> Path:
     return _common(folder, n_text=2, scheduler="EulerDiscreteScheduler")
 
 
+def write_refiner(folder: Path) -> Path:
+    """An SDXL refiner: without its first text encoder, and saying so."""
+    write_sdxl(folder)
+    absent = ("text_encoder", "tokenizer")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
+    _json(folder / "model_index.json", index | {name: [None, None] for name in absent})
+    for name in absent:
+        shutil.rmtree(folder / name)
+    return folder
+
+
 def write_sd3(folder: Path, *, has_t5: bool = True) -> Path:
     """An SD3 folder; without T5 its model_index.json still names it, as in a partial download."""
     t5 = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
@@ -54,7 +67,35 @@ def write_sd3(folder: Path, *, has_t5: bool = True) -> Path:
     return _common(folder, n_text=2, scheduler="FlowMatchEulerDiscreteScheduler")
 
 
-def _index(folder: Path, pipeline: str, **components: list[str]) -> None:
+def write_klein(folder: Path, *, is_distilled: bool = True) -> Path:
+    """A FLUX.2 klein folder, complete."""
+    parts = {"text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2TokenizerFast"]}
+    denoiser = ["diffusers", "Flux2Transformer2DModel"]
+    _index(folder, "Flux2KleinPipeline", transformer=denoiser, is_distilled=is_distilled, **parts)
+    _model(folder / "transformer", {"in_channels": 128}, {"x_embedder.weight": (8, 128)})
+    return _common(folder, n_text=1, scheduler="FlowMatchEulerDiscreteScheduler")
+
+
+def write_zimage(folder: Path) -> Path:
+    """A Z-Image turbo folder, complete."""
+    parts = {"text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"]}
+    _index(folder, "ZImagePipeline", transformer=["diffusers", "ZImageTransformer2DModel"], **parts)
+    _model(folder / "transformer", {"in_channels": 16}, {"all_x_embedder.2-1.weight": (8, 64)})
+    return _common(folder, n_text=1, scheduler="FlowMatchEulerDiscreteScheduler")
+
+
+def write_flux(folder: Path, *, pipeline: str = "FluxPipeline", takes_guidance: bool = True) -> Path:
+    """A FLUX.1 folder: dev, or schnell where the network takes no guidance."""
+    t5 = {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
+    _index(folder, pipeline, transformer=["diffusers", "FluxTransformer2DModel"], **_text(2) | t5)
+    config = {"in_channels": 64, "guidance_embeds": takes_guidance}
+    _model(folder / "transformer", config, {"x_embedder.weight": (8, 64)})
+    _common(folder, n_text=2, scheduler="FlowMatchEulerDiscreteScheduler")
+    (folder / "tokenizer_2/spiece.model").write_bytes(b"pieces")
+    return folder
+
+
+def _index(folder: Path, pipeline: str, **components: object) -> None:
     _json(
         folder / "model_index.json",
         {

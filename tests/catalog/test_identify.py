@@ -11,7 +11,18 @@ import pytest
 
 from sdfleet.catalog.identify import identify
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, SdfleetError, UnsupportedByModel
-from tests.catalog.folders import safetensors, write_sd, write_sd3, write_sdxl
+from tests.catalog.folders import (
+    safetensors,
+    write_flux,
+    write_klein,
+    write_refiner,
+    write_sd,
+    write_sd3,
+    write_sdxl,
+    write_zimage,
+)
+
+KLEINS = ("distilled", "base")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +30,11 @@ from tests.catalog.folders import safetensors, write_sd, write_sd3, write_sdxl
     [
         (write_sd, "sd", 512, 30, 7.5, "ddim"),
         (write_sdxl, "sdxl", 1024, 30, 5.0, "euler"),
+        (write_refiner, "sdxl", 1024, 30, 5.0, "euler"),
         (write_sd3, "sd3", 1024, 28, 7.0, "euler"),
+        (write_flux, "flux", 1024, 28, 3.5, "euler"),
+        (write_klein, "flux2", 1024, 4, 1.0, "euler"),
+        (write_zimage, "zimage", 1024, 8, 0.0, "euler"),
     ],
 )
 def test_family_and_defaults_come_from_the_configs(
@@ -34,6 +49,35 @@ def test_family_and_defaults_come_from_the_configs(
     found = identify(write(tmp_path / "x"))
     assert (found.family, found.width_px, found.height_px) == (family, side_px, side_px)
     assert (found.steps, found.guidance, found.sampler) == (steps, guidance, sampler)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "steps", "guidance"),
+    [
+        ("FluxPipeline", 28, 3.5),
+        ("FluxImg2ImgPipeline", 28, 3.5),
+        ("FluxFillPipeline", 50, 30.0),
+        ("FluxKontextPipeline", 28, 2.5),
+    ],
+)
+def test_each_flux_1_is_drawn_with_as_its_authors_do(
+    tmp_path: Path, pipeline: str, steps: int, guidance: float
+) -> None:
+    found = identify(write_flux(tmp_path / "x", pipeline=pipeline))
+    assert (found.steps, found.guidance, found.t5) == (steps, guidance, "here")
+    assert found.ignores == ("negative_prompt",)
+
+
+def test_schnell_is_told_by_a_network_that_takes_no_guidance(tmp_path: Path) -> None:
+    found = identify(write_flux(tmp_path / "x", takes_guidance=False))
+    assert (found.steps, found.guidance) == (4, 0.0)
+    assert found.ignores == ("negative_prompt", "guidance")
+
+
+def test_klein_base_is_guided_and_only_the_distilled_ignores_guidance(tmp_path: Path) -> None:
+    distilled, base = (identify(write_klein(tmp_path / name, is_distilled=name == "distilled")) for name in KLEINS)
+    assert distilled.ignores == ("negative_prompt", "guidance")
+    assert (base.steps, base.guidance, base.ignores) == (50, 4.0, ())
 
 
 def test_stable_diffusion_2_1_draws_at_768(tmp_path: Path) -> None:
@@ -52,18 +96,18 @@ def test_sizes_are_told_per_component_and_dtype(tmp_path: Path) -> None:
     assert found.n_bytes == sum(n for dtypes in sizes.values() for n in dtypes.values())
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionUpscalePipeline", "ZImagePipeline"])
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "StableDiffusionUpscalePipeline", "QwenImagePipeline"])
 def test_a_class_we_do_not_serve_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnsupportedByModel, match=f"{name} is not served yet"):
         identify(write_sd(tmp_path / "x", pipeline=name))
 
 
-def test_a_refiner_is_not_mistaken_for_sdxl(tmp_path: Path) -> None:
+def test_an_sdxl_that_only_lacks_its_first_encoder_is_no_refiner(tmp_path: Path) -> None:
     folder = write_sdxl(tmp_path / "x")
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UnsupportedByModel, match="refiner"):
+    with pytest.raises(BrokenCheckpoint, match="names no text_encoder"):
         identify(folder)
 
 
@@ -184,8 +228,10 @@ def test_a_broken_index_is_an_error_of_ours(tmp_path: Path, text: str) -> None:
 
 # Slow for the import of torch and diffusers alone.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3"])
+@pytest.mark.parametrize(
+    "name", ["sd15", "sd21", "sdxl", "sd3", "klein", "zimage", "sdxl-refiner", "flux-dev", "flux-fill"]
+)
 def test_what_diffusers_itself_saves_is_identified(checkpoints: Callable[[str], Path], name: str) -> None:
     found = identify(checkpoints(name))
-    assert found.family == {"sd15": "sd", "sd21": "sd"}.get(name, name)
+    assert found.family == {"sd15": "sd", "sd21": "sd", "klein": "flux2"}.get(name, name.partition("-")[0])
     assert found.n_bytes > 0

@@ -25,12 +25,18 @@ FAMILY_OF = {
     "sdxl-refiner": "sdxl",
     "sd3": "sd3", "sd3-no-t5": "sd3", "sd35": "sd3",
     "flux-dev": "flux", "flux-schnell": "flux", "flux-fill": "flux", "flux-kontext": "flux",
+    "klein": "flux2", "klein-base": "flux2", "zimage": "zimage",
 }  # fmt: skip
 PIPELINES = {
     "sd": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     "sdxl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
     "sd3": ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "flux": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    # Of one family, but told apart by the class that the folder names.
+    "FluxFillPipeline": ("", "", "FluxFillPipeline"),
+    "FluxKontextPipeline": ("FluxKontextPipeline", "FluxKontextPipeline", "FluxKontextInpaintPipeline"),
 }
+FLOW_FAMILIES = ("sd3", "flux")
 FLOAT32 = EngineOptions(device="cpu", dtype="float32", n_threads=1)
 
 
@@ -110,9 +116,11 @@ def theirs(one: Drawing) -> Pixels:
     import diffusers
 
     base = tiny.load(Path(one.checkpoint))
-    name = PIPELINES[one.family][("txt2img", "img2img", "inpaint").index(one.task)]
-    cls = getattr(diffusers, name)
+    names = PIPELINES.get(type(base).__name__) or PIPELINES[one.family]
+    cls = getattr(diffusers, names[("txt2img", "img2img", "inpaint").index(one.task)])
     more = {"requires_safety_checker": False} if one.family == "sd" else {}
+    if base.config.get("requires_aesthetics_score"):
+        more = {key: base.config[key] for key in ("requires_aesthetics_score", "force_zeros_for_empty_prompt")}
     pipe = cls(**base.components, **more)
     pipe.scheduler = _scheduler(one, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -123,17 +131,25 @@ def theirs(one: Drawing) -> Pixels:
         "generator": torch.Generator().manual_seed(one.seed),
         "output_type": "latent",
     }
-    if one.guidance > 1 and one.negative_prompt:
+    if one.guidance > 1 and one.negative_prompt and one.family != "flux":
         arguments["negative_prompt"] = one.negative_prompt
     if one.image is not None:
         arguments |= {"image": _image(one.image), "strength": one.strength}
     if one.mask is not None:
         arguments["mask_image"] = _image(one.mask)
-    if one.task != "img2img" or one.family == "sd3":
+    if one.task != "img2img" or one.family in FLOW_FAMILIES:
         arguments |= {"width": one.width_px, "height": one.height_px}
+    if one.family == "flux":
+        arguments["max_sequence_length"] = 512 if pipe.transformer.config.guidance_embeds else 256
+    if "Kontext" in cls.__name__:
+        # Its own idea of size is 1024x1024 pixels in the nearest of seventeen shapes.
+        arguments |= {"max_area": one.width_px * one.height_px, "_auto_resize": False}
+        arguments = {key: value for key, value in arguments.items() if key != "strength" or one.mask is not None}
     with torch.inference_mode():
         # Decoded here and not by the pipeline: SD3's inpainting pipeline forgets the VAE's shift when it decodes.
         latents = pipe(**arguments).images
+        if one.family == "flux":
+            latents = pipe._unpack_latents(latents, one.height_px, one.width_px, 8)
         config = pipe.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         decoded = pipe.vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
@@ -149,7 +165,7 @@ def _scheduler(one: Drawing, config: Any) -> Any:
     import diffusers
 
     name = parse_sampler(one.sampler)
-    is_flow = one.family == "sd3"
+    is_flow = one.family in FLOW_FAMILIES
     more: dict[str, Any] = {}
     if name.spacing != "default":
         more[f"use_{name.spacing}_sigmas"] = True
@@ -158,11 +174,29 @@ def _scheduler(one: Drawing, config: Any) -> Any:
     if name.rule == "dpm++_2m_sde":
         more["algorithm_type"] = "sde-dpmsolver++"
     if is_flow:
+        if one.family == "flux" and name.rule == "heun":
+            return _heun_on_euler_sigmas(config)
         flow = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
         if name.rule in flow:
             return getattr(diffusers, flow[name.rule]).from_config(config, **more)
         more |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
     return getattr(diffusers, name.class_name).from_config(config, **more)
+
+
+def _heun_on_euler_sigmas(config: Any) -> Any:
+    """diffusers' Heun, which FLUX's pipelines cannot use as it is: it takes no sigmas and knows no shift by size."""
+    import diffusers
+
+    class Heun(diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
+        def set_timesteps(self, _n_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None) -> None:
+            euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+            euler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+            super().set_timesteps(len(sigmas), device)
+            self.timesteps = torch.cat([euler.timesteps[:1], euler.timesteps[1:].repeat_interleave(2)])
+            inner = euler.sigmas[1:-1].repeat_interleave(2)
+            self.sigmas = torch.cat([euler.sigmas[:1], inner, euler.sigmas[-1:]])
+
+    return Heun.from_config(config)
 
 
 def most_levels_apart(a: Pixels, b: Pixels) -> int:

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdfleet.train.pictures import render
 from sdfleet.train.scoring import components, score
-from sdfleet.train.world import Background, Group, Pair, Scene, Single, Thing, draw_spec, render
+from sdfleet.train.world import Background, Group, Pair, Scene, Single, Thing, draw_spec
 
 
 def test_at_least_95_percent_of_drawn_pictures_pass_every_check() -> None:

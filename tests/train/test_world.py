@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sdfleet.train.canvas import SIDE_PX
+from sdfleet.train.pictures import place, render
 from sdfleet.train.scoring import name_colours
 from sdfleet.train.world import (
     COLOURS,
@@ -24,8 +25,6 @@ from sdfleet.train.world import (
     Thing,
     draw_spec,
     is_held_out,
-    place,
-    render,
     sample_spec,
     things_of,
 )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sdfleet.domain import MAX_GUIDANCE, MAX_SIDE_PX, MAX_STEPS, SIDE_MULTIPLE_PX
 
-Family = Literal["sd", "sdxl", "sd3"]
+Family = Literal["sd", "sdxl", "sd3", "flux", "flux2", "zimage"]
 Ignored = Literal["negative_prompt", "guidance", "image", "mask"]
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sdfleet.catalog.cards import Family
+from sdfleet.catalog.cards import Family, Ignored
 from sdfleet.catalog.headers import Header, read_header, read_json
 from sdfleet.domain import MAX_SIDE_PX, SIDE_MULTIPLE_PX
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, UnsupportedByModel
@@ -27,19 +27,39 @@ FAMILY_OF: Mapping[str, Family] = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusion3Img2ImgPipeline": "sd3",
     "StableDiffusion3InpaintPipeline": "sd3",
+    "FluxPipeline": "flux",
+    "FluxImg2ImgPipeline": "flux",
+    "FluxInpaintPipeline": "flux",
+    "FluxFillPipeline": "flux",
+    "FluxKontextPipeline": "flux",
+    "FluxKontextInpaintPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
+    "Flux2KleinInpaintPipeline": "flux2",
+    "ZImagePipeline": "zimage",
+    "ZImageImg2ImgPipeline": "zimage",
+    "ZImageInpaintPipeline": "zimage",
 }
 NEEDED: Mapping[Family, tuple[str, ...]] = {
     "sd": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "sdxl": ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
     "sd3": ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
+    "flux": ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
+    "flux2": ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "zimage": ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
 }
+# What an SDXL refiner does without.
+NOT_OF_A_REFINER = ("text_encoder", "tokenizer")
 # Read when they are here, never missed: T5 may be left out of SD3.
-OPTIONAL: Mapping[Family, tuple[str, ...]] = {"sd": (), "sdxl": (), "sd3": ("text_encoder_3", "tokenizer_3")}
-# steps and guidance as the authors' model pages show them for the undistilled checkpoints.
-DEFAULT_STEPS: Mapping[Family, int] = {"sd": 30, "sdxl": 30, "sd3": 28}
-DEFAULT_GUIDANCE: Mapping[Family, float] = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0}
+OPTIONAL: Mapping[Family, tuple[str, ...]] = {
+    "sd": (), "sdxl": (), "sd3": ("text_encoder_3", "tokenizer_3"), "flux": (), "flux2": (), "zimage": ()
+}  # fmt: skip
 # Where a checkpoint's own sampler is one we would not choose (PNDM needs a warm-up and 50 steps).
-DEFAULT_SAMPLER: Mapping[Family, str] = {"sd": "dpm++_2m", "sdxl": "euler", "sd3": "euler"}
+DEFAULT_SAMPLER: Mapping[Family, str] = {
+    "sd": "dpm++_2m", "sdxl": "euler", "sd3": "euler", "flux": "euler",
+    "flux2": "euler", "zimage": "euler",
+}  # fmt: skip
+# Where the denoiser's config does not say a size: transformers without a table of positions take any.
+DEFAULT_SIDE_PX: Mapping[Family, int] = {"flux": 1024, "flux2": 1024, "zimage": 1024}
 SAMPLER_OF = {
     "DDIMScheduler": "ddim",
     "EulerDiscreteScheduler": "euler",
@@ -49,6 +69,41 @@ SAMPLER_OF = {
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "euler",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """How its authors draw with a kind of checkpoint, and what has no effect on it."""
+
+    steps: int
+    guidance: float
+    ignores: tuple[Ignored, ...] = ()
+
+
+# As the authors' model pages show them for the undistilled checkpoints.
+ADVICE: Mapping[Family, Advice] = {
+    "sd": Advice(steps=30, guidance=7.5),
+    "sdxl": Advice(steps=30, guidance=5.0),
+    "sd3": Advice(steps=28, guidance=7.0),
+    "flux": Advice(steps=28, guidance=3.5, ignores=("negative_prompt",)),
+    # klein base.
+    "flux2": Advice(steps=50, guidance=4.0),
+    # Turbo's eight network calls. Its model page says 9 steps, of an older diffusers whose last step went nowhere.
+    "zimage": Advice(steps=8, guidance=0.0),
+}
+# For pipelines whose checkpoints are drawn with otherwise than the rest of their family.
+ADVICE_OF_CLASS: Mapping[str, Advice] = {
+    "FluxFillPipeline": Advice(steps=50, guidance=30.0, ignores=("negative_prompt",)),
+    "FluxKontextPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
+    "FluxKontextInpaintPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
+}
+# A FLUX.1 network that takes no guidance: schnell, distilled to a few steps. Its class, and its guidance_embeds.
+SCHNELL = ("FluxTransformer2DModel", False)
+ADVICE_FOR_SCHNELL = Advice(steps=4, guidance=0.0, ignores=("negative_prompt", "guidance"))
+# Where model_index.json says is_distilled, as FLUX.2 klein's does.
+ADVICE_OF_DISTILLED: Mapping[Family, Advice] = {
+    "flux2": Advice(steps=4, guidance=1.0, ignores=("negative_prompt", "guidance"))
 }
 
 
@@ -82,6 +137,7 @@ class Identified:
     guidance: float
     sampler: str
     t5: Literal["here", "left_out", "never_had"]
+    ignores: tuple[Ignored, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -100,8 +156,9 @@ def identify(path: Path) -> Identified:
     family = _family(index)
     faults: list[str] = []
     components: dict[str, Component] = {}
-    for name in NEEDED[family] + OPTIONAL[family]:
-        is_needed = name in NEEDED[family]
+    needed = tuple(name for name in NEEDED[family] if not (_is_refiner(index) and name in NOT_OF_A_REFINER))
+    for name in needed + OPTIONAL[family]:
+        is_needed = name in needed
         class_name = _class_name(index.get(name))
         if class_name is None:
             if is_needed:
@@ -116,7 +173,8 @@ def identify(path: Path) -> Identified:
             f"the checkpoint at {path} has {count}: {'; '.join(faults)}",
             hint="get these files from where the checkpoint came from",
         )
-    side_px = _native_side_px(components)
+    side_px = _native_side_px(components, family=family)
+    advice = _advice(index, components, family=family)
     return Identified(
         folder=path,
         family=family,
@@ -124,10 +182,11 @@ def identify(path: Path) -> Identified:
         components=tuple(components.values()),
         width_px=side_px,
         height_px=side_px,
-        steps=DEFAULT_STEPS[family],
-        guidance=DEFAULT_GUIDANCE[family],
+        steps=advice.steps,
+        guidance=advice.guidance,
         sampler=_sampler(components["scheduler"], family=family),
         t5=_t5(family, components),
+        ignores=advice.ignores,
     )
 
 
@@ -170,14 +229,24 @@ def _family(index: Mapping[str, object]) -> Family:
     family = FAMILY_OF.get(class_name)
     if family is None:
         raise UnsupportedByModel(
-            f"{class_name} is not served yet", hint="served are Stable Diffusion 1.x and 2.x, SDXL and SD3"
-        )
-    if _class_name(index.get("text_encoder")) is None and _class_name(index.get("text_encoder_2")) is not None:
-        raise UnsupportedByModel(
-            "a refiner (a checkpoint without its first text encoder) is not served yet",
-            hint="import the base checkpoint",
+            f"{class_name} is not served yet",
+            hint="served are Stable Diffusion 1.x and 2.x, SDXL, SD3, FLUX.1, FLUX.2 klein and Z-Image",
         )
     return family
+
+
+def _is_refiner(index: Mapping[str, object]) -> bool:
+    """An SDXL refiner says so itself; a checkpoint that merely lacks its first text encoder is broken."""
+    return index.get("requires_aesthetics_score") is True and _class_name(index.get("text_encoder")) is None
+
+
+def _advice(index: Mapping[str, object], components: Mapping[str, Component], *, family: Family) -> Advice:
+    denoiser = components.get("transformer")
+    if denoiser is not None and (denoiser.class_name, bool(denoiser.config.get("guidance_embeds"))) == SCHNELL:
+        return ADVICE_FOR_SCHNELL
+    if index.get("is_distilled") is True and family in ADVICE_OF_DISTILLED:
+        return ADVICE_OF_DISTILLED[family]
+    return ADVICE_OF_CLASS.get(str(index["_class_name"])) or ADVICE[family]
 
 
 def _class_name(entry: object) -> str | None:
@@ -285,27 +354,27 @@ def _shards(folder: Path, *, index: str, faults: list[str]) -> list[str]:
 
 def _check_fits(name: str, config: Mapping[str, object], headers: list[Header], faults: list[str]) -> None:
     """The cheapest sign that weights belong to another config: the first layer's input channels."""
-    tensor, key = {
-        "unet": ("conv_in.weight", "in_channels"),
-        "transformer": ("pos_embed.proj.weight", "in_channels"),
-        "vae": ("encoder.conv_in.weight", "in_channels"),
-    }.get(name, ("", ""))
-    for header in headers:
-        shape = header.shapes.get(tensor)
-        if shape is not None and len(shape) == 4 and key in config and shape[1] != config[key]:
-            faults.append(
-                f"{name}/config.json says {key} {config[key]}, its weights have {shape[1]}: they do not belong together"
-            )
+    tensors, key = {
+        "unet": (("conv_in.weight",), "in_channels"),
+        "transformer": (("pos_embed.proj.weight", "x_embedder.weight"), "in_channels"),
+        "vae": (("encoder.conv_in.weight",), "in_channels"),
+    }.get(name, ((), ""))
+    found = [header.shapes[tensor] for header in headers for tensor in tensors if tensor in header.shapes]
+    faults.extend(
+        f"{name}/config.json says {key} {config[key]}, its weights have {shape[1]}: they do not belong together"
+        for shape in found
+        if len(shape) in {2, 4} and key in config and shape[1] != config[key]
+    )
 
 
-def _native_side_px(components: Mapping[str, Component]) -> int:
+def _native_side_px(components: Mapping[str, Component], *, family: Family) -> int:
     denoiser = components.get("unet") or components["transformer"]
     sample = denoiser.config.get("sample_size")
     if isinstance(sample, list) and sample:
         sample = sample[0]
     blocks = components["vae"].config.get("block_out_channels")
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
-    side_px = sample * scale if type(sample) is int and sample > 0 else 512
+    side_px = sample * scale if type(sample) is int and sample > 0 else DEFAULT_SIDE_PX.get(family, 512)
     side_px = min(max(side_px, 16), MAX_SIDE_PX)
     return side_px - side_px % SIDE_MULTIPLE_PX
 
@@ -317,6 +386,7 @@ def _sampler(scheduler: Component, *, family: Family) -> str:
 
 
 def _t5(family: Family, components: Mapping[str, Component]) -> Literal["here", "left_out", "never_had"]:
-    if not OPTIONAL[family]:
-        return "never_had"
-    return "here" if set(OPTIONAL[family]) <= components.keys() else "left_out"
+    has_t5 = any(component.class_name == "T5EncoderModel" for component in components.values())
+    if has_t5 and set(OPTIONAL[family]) <= components.keys():
+        return "here"
+    return "left_out" if OPTIONAL[family] else "never_had"

@@ -115,6 +115,7 @@ class Catalog:
             steps=found.steps,
             guidance=found.guidance,
             sampler=found.sampler,
+            ignores=found.ignores,
             folder=str(folder),
         )
         try:

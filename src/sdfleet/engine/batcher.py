@@ -17,7 +17,7 @@ Decision(key='a', ids=(0, 1, 2), n_rows=6, reason='room for 8 rows')
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # A doubled batch must save this share of the time per row to be worth the wait it gives the first picture.
@@ -72,7 +72,7 @@ class _Speed:
 
 
 class Batcher:
-    """Decides, learns, forgets nothing but what it measured itself."""
+    """Decides, and learns; told that the speed of a key has changed, it learns that anew."""
 
     def __init__(self, *, max_rows: int | None = None) -> None:
         self._ceiling = min(max_rows or _MOST_ROWS, _MOST_ROWS)
@@ -111,6 +111,11 @@ class Batcher:
         speed.row_s[size] = min(row_s, speed.row_s.get(size, row_s) * 1.02)
         if self._may_learn:
             self._learn(speed, size)
+
+    def forget(self, is_stale: Callable[[Hashable], bool]) -> None:
+        """Learn the keys anew for which `is_stale` says so: something else runs them now, at another speed."""
+        for key in [key for key in self._speeds if is_stale(key)]:
+            del self._speeds[key]
 
     def _learn(self, speed: _Speed, size: int) -> None:
         if size < speed.limit:

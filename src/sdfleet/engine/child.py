@@ -60,7 +60,7 @@ class EngineFace(Protocol):
         """Nothing is left to do until the next `submit`."""
 
     def facts(self) -> Mapping[str, object]:
-        """Device, dtype, resident checkpoints and the like, as JSON values. Called at the end of every job."""
+        """Device, dtype, resident checkpoints and the like, as JSON values. Called after a job and before a wait."""
 
     def close(self) -> None:
         """Give the device back."""
@@ -123,7 +123,7 @@ def _serve(engine: EngineFace, inbox: _Inbox, outbox: _Outbox) -> None:
         for event in engine.step():
             has_ended_job |= isinstance(event, JobDone | JobFailed)
             _send_event(event, engine, outbox)
-        if has_ended_job and (now := dict(engine.facts())) != facts:
+        if (has_ended_job or engine.is_idle) and (now := dict(engine.facts())) != facts:
             facts = now
             outbox.put(wire.Facts(facts=facts))
 

@@ -28,6 +28,7 @@ from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
+from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
 from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
 
@@ -63,6 +64,7 @@ class Components:
         self._here: dict[ComponentName, Any] = {}
         # On a card, put-away modules wait in host memory; on a CPU there is nowhere to move them, so they are dropped.
         self._aside: dict[ComponentName, Any] = {}
+        self._servers: dict[ComponentName, Callable[[], Any]] = {}
 
     @property
     def folder(self) -> Path:
@@ -106,9 +108,23 @@ class Components:
         if name in self._aside:
             module = self._aside.pop(name).to(self._device.torch_device)
         else:
-            module = self._load(name)
+            module = self._servers.get(name, lambda: self.load(name))()
         self._here[name] = module
         return module
+
+    def serve(self, name: ComponentName, load: Callable[[], Any] | None, *, now: Any = None) -> None:
+        """From now on what `load` gives stands for a component; None: the module of the checkpoint again.
+
+        now: the first of them, if it is there already. What stood for it so far leaves.
+        """
+        if load is None:
+            self._servers.pop(name, None)
+        else:
+            self._servers[name] = load
+        self._here.pop(name, None)
+        self._aside.pop(name, None)
+        if now is not None:
+            self._here[name] = now
 
     def put_away(self, names: Iterable[ComponentName]) -> int:
         """Take components off the device; how many were there. Tokenizers stay: they weigh nothing."""
@@ -139,7 +155,8 @@ class Components:
     def resident_bytes(self) -> int:
         """Bytes of weights on the device now."""
         modules = [m for m in self._here.values() if isinstance(m, torch.nn.Module)]
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        n_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        return n_bytes + sum(m.resident_bytes for m in self._here.values() if isinstance(m, OpenVinoDenoiser))
 
     def _loaded_bytes(self, name: ComponentName, dtype: torch.dtype) -> int:
         n_elements = 0
@@ -154,7 +171,8 @@ class Components:
         plain = [f for f in files if _variant(f) is None]
         return plain or files
 
-    def _load(self, name: ComponentName) -> Any:
+    def load(self, name: ComponentName) -> Any:
+        """The checkpoint's own module, read anew and kept nowhere. Raises BrokenCheckpoint."""
         class_name = self.class_name(name)
         if class_name is None:
             raise UnsupportedByModel(f"the checkpoint at {self._folder} has no {name}")

@@ -6,6 +6,7 @@ One turn (`Engine.step`) reads top to bottom:
     2. new jobs are prepared: checkpoint, prompts, first latents; their pictures join
     3. the batcher says who steps together; one network call moves them all
     4. finished pictures are decoded and leave
+    5. with nothing to draw, another executor is tried, a call a turn
 
 Every call of torch happens on the thread that calls `step`. A second thread would slow the whole process on a CPU.
 """
@@ -26,6 +27,7 @@ from sdfleet.domain import Drawing, FinishedPicture, JobId, Progress
 from sdfleet.engine.batcher import Batcher, Candidate
 from sdfleet.engine.devices import StepClock, choose_device, out_of_memory_as_ours
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
+from sdfleet.engine.executors import is_of
 from sdfleet.engine.job import Job
 from sdfleet.engine.memory import Rung
 from sdfleet.engine.pixels import fitted, resized, to_picture
@@ -68,8 +70,8 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to prepare and nothing to step."""
-        return not (self._pending or self._live or self._cancelled or self._events)
+        """Nothing to prepare, nothing to step and nothing to try out."""
+        return not (self._has_work or self._residency.has_chore)
 
     def facts(self) -> Mapping[str, object]:
         """The device, its formats, and what is on it now."""
@@ -80,7 +82,12 @@ class Engine:
             "threads": torch.get_num_threads(),
             "checkpoints": list(self._residency.checkpoints),
             "resident_bytes": self._residency.resident_bytes(),
+            "executors": self._residency.executors.facts(),
         }
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._pending or self._live or self._cancelled or self._events)
 
     def submit(self, drawing: Drawing) -> None:
         """Take a job; it is prepared in the next turns. Its end is a JobDone or a JobFailed event."""
@@ -114,6 +121,8 @@ class Engine:
         self._prepare_pending()
         if self._live:
             self._finish(self._step_together())
+        elif not self._has_work and (changed := self._residency.do_chore()) is not None:
+            self._batcher.forget(partial(is_of, changed))
         events, self._events = self._events, []
         return events
 

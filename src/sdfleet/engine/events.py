@@ -12,6 +12,7 @@ from sdfleet.errors import SdfleetError
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 MemoryMode = Literal["auto", "fast", "eco"]
+ExecutorChoice = Literal["auto", "torch", "openvino"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class EngineOptions:
     max_rows: most network rows in one step (a guided picture takes two); None lets the batcher measure.
     memory_limit_bytes: most bytes for weights and activations together; None asks the device.
     n_threads: CPU threads for torch; None takes every core this process may use.
+    executor: what runs the denoiser on a CPU; auto tries both when there is nothing to draw, and needs a cache_folder.
+    cache_folder: for what was converted; None keeps nothing on disk.
     """
 
     device: DeviceChoice = "auto"
@@ -29,6 +32,8 @@ class EngineOptions:
     max_rows: int | None = None
     memory_limit_bytes: int | None = None
     n_threads: int | None = None
+    executor: ExecutorChoice = "auto"
+    cache_folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

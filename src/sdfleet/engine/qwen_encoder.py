@@ -24,7 +24,9 @@ QWEN_LENGTH_STEP = 64
 QWEN_MAX_LENGTH = 2048
 
 _MAX_WEIGHT = 10.0
-_STATED_WEIGHT = re.compile(r"(?<!\\)\((?:[^()\\]|\\.)*:\s*\+?(?P<weight>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*\)")
+_SHOWN_CHARACTERS = 40
+_OPEN_BRACKET = re.compile(r"(?<!\\)\(")
+_STATED_WEIGHT = re.compile(r":\s*\+?(?P<weight>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*\)")
 _NESTED_BRACKETS = re.compile(r"(?<!\\)(\(\s*\(|\[\s*\[)")
 _ESCAPED_BRACKET = re.compile(r"\\([()\[\]])")
 
@@ -52,10 +54,12 @@ def plain_prompt(source: str) -> str:
     >>> plain_prompt(r"a sign (in red) with a smile :\)")
     'a sign (in red) with a smile :)'
     """
-    for found in _STATED_WEIGHT.finditer(source):
+    opened = _OPEN_BRACKET.search(source)
+    for found in _STATED_WEIGHT.finditer(source, opened.end()) if opened else ():
         if float(found["weight"]) <= _MAX_WEIGHT:
+            begin = max(source.rfind("(", 0, found.start()), found.end() - _SHOWN_CHARACTERS)
             raise UnsupportedByModel(
-                f"this model's text encoder (Qwen3) has no weights like {found.group()[-40:]!r}",
+                f"this model's text encoder (Qwen3) has no weights like {source[begin : found.end()]!r}",
                 hint=r"say it in words; for brackets that are only text, write \( and \)",
             )
     return _ESCAPED_BRACKET.sub(r"\1", source)

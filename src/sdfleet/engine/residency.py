@@ -12,6 +12,7 @@ from sdfleet.domain import Drawing
 from sdfleet.engine.components import DENOISERS, TEXT_ENCODERS, ComponentName, Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.events import EngineOptions, MemoryMode
+from sdfleet.engine.executors import Executors
 from sdfleet.engine.families import FAMILIES
 from sdfleet.engine.families.base import LatentFamily, Phase
 from sdfleet.engine.memory import MemoryPlan, Residency, plan
@@ -46,6 +47,7 @@ class DeviceResidency:
         self._limit_bytes = options.memory_limit_bytes
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self.prompts = PromptCache(_PROMPT_CACHE_BYTES)
+        self.executors = Executors(device, options)
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -76,6 +78,7 @@ class DeviceResidency:
             family = loaded.family
             for name in (*family.text_encoders(drawing), family.denoiser, *family.components_for("decode")):
                 family.components.use(name)
+            self.executors.watch(family.components)
         return loaded
 
     def get(self, checkpoint: str) -> Loaded:
@@ -95,6 +98,17 @@ class DeviceResidency:
             room = self._room_for(loaded) - loaded.family.components.resident_bytes()
             loaded.row_caps[key] = max(2, int(room * _SHARE_FOR_ROWS) // max(per_row, 1))
         return loaded.row_caps[key]
+
+    @property
+    def has_chore(self) -> bool:
+        """Whether there is something to try out while nothing is drawn."""
+        return self.executors.has_chore(self._whole())
+
+    def do_chore(self) -> str | None:
+        """Try a little of it; the checkpoint that is drawn by another executor from now on."""
+        whole = self._whole()
+        room_bytes = {c: self._room_for(self._loaded[c]) - self.resident_bytes() for c in whole}
+        return self.executors.do_chore(whole, room_bytes=room_bytes)
 
     def drop_idle(self, *, busy: Collection[str]) -> bool:
         """Rung: checkpoints that draw nothing now leave the device. Whether anything left."""
@@ -119,12 +133,18 @@ class DeviceResidency:
         """Everything leaves."""
         for checkpoint in list(self._loaded):
             self._evict(checkpoint)
+        self.executors.close()
+
+    def _whole(self) -> list[str]:
+        """Checkpoints with all their parts in memory: where that is short, there is no place for two denoisers."""
+        return [checkpoint for checkpoint, loaded in self._loaded.items() if loaded.residency == "all"]
 
     def _open(self, drawing: Drawing) -> Loaded:
         family = FAMILIES.get(drawing.family)
         if family is None:
             raise UnknownName("family", drawing.family, FAMILIES)
         components = Components(Path(drawing.checkpoint), self._device)
+        self.executors.adopt(components, family.denoiser)
         return Loaded(family=family(components, self._device, self.prompts), residency="all", tile_vae=False)
 
     def _planned(self, loaded: Loaded, drawing: Drawing, *, busy: Collection[str]) -> MemoryPlan:
@@ -165,4 +185,5 @@ class DeviceResidency:
         loaded = self._loaded.pop(checkpoint)
         freed = loaded.family.components.resident_bytes()
         loaded.family.components.close()
+        self.executors.let_go(checkpoint)
         log.info("checkpoint left the device", extra={"checkpoint": checkpoint, "freed_bytes": freed})

@@ -91,7 +91,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What `Engine.facts` says now; sent when it changed at the end of a job."""
+    """What `Engine.facts` says now; sent when it changed with a job, or in the pause after one."""
 
     facts: Mapping[str, object]
 

@@ -21,7 +21,8 @@ from sdfleet.train.dataset import draw_pictures
 from sdfleet.train.latents import LatentMap, to_signed
 from sdfleet.train.learner import Learner, Plan, row_generators
 from sdfleet.train.peers import ALONE
-from sdfleet.train.world import N_CELLS, render, sample_spec
+from sdfleet.train.pictures import render
+from sdfleet.train.world import N_CELLS, sample_spec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

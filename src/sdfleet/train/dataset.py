@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from sdfleet.train.captions import caption
 from sdfleet.train.latents import N_CHANNELS, LatentMap, fit_latent_map
+from sdfleet.train.pictures import render
 from sdfleet.train.tokens import MAX_TOKENS, encode_captions, load_tokenizer
-from sdfleet.train.world import N_CELLS, render, sample_spec
+from sdfleet.train.world import N_CELLS, sample_spec
 
 PART_PICTURES = 5000
 N_CAPTIONS = 6

@@ -50,7 +50,7 @@ class Recipe:
     object_weight: float = 2.5
     detail_weight: float = 1.5
     label_weight: float = 0.15
-    colour_weight: float = 0.08
+    colour_weight: float = 0.15
 
 
 class Drawing(nn.Module):

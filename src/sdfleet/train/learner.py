@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdfleet.train.muon import Muon
 from sdfleet.train.peers import ALONE, Peers
 
-MEAN_DECAY = 0.999
+MEAN_DECAY = 0.999  # per step, at the peak rate
 MAX_GRADIENT_NORM = 1.0
 # Layers that AdamW moves although their weights are matrices: they face the data, not another layer.
 OUTER_LAYERS = ("token_embedding", "position_embedding", "conv_in", "conv_out", "heads", "queries")
@@ -87,8 +87,9 @@ class Learner:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)
-            decay = min(MEAN_DECAY, (self.n_steps + 1) / (self.n_steps + 20))
-            torch._foreach_lerp_(self.mean, self.masters, 1 - decay)
+            # The lower the rate, the less noise there is to average out: the memory shrinks with it.
+            newest = max((1 - MEAN_DECAY) / max(rate, 0.02), 19 / (self.n_steps + 20))
+            torch._foreach_lerp_(self.mean, self.masters, newest)
         for param in self.params:
             param.grad = None
         self.samples_seen += n_samples

@@ -8,7 +8,8 @@ from typing import assert_never
 
 from sdfleet.train.canvas import Canvas, Colour, Part, Point, Stroke, box, disc, polygon
 from sdfleet.train.canvas import Ellipse as Oval
-from sdfleet.train.world import CORNERS, PALETTE, Scene, TimeOfDay, jittered
+from sdfleet.train.outlines import CORNERS
+from sdfleet.train.world import PALETTE, Scene, TimeOfDay, jittered
 
 SIDE = 128.0
 # What each time of day does to the colours of things; windows and lamps are painted unlit.

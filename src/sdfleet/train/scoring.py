@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdfleet.train.canvas import Canvas
+from sdfleet.train.outlines import outline
 from sdfleet.train.world import (
     COLOURS,
     PALETTE,
@@ -25,7 +26,6 @@ from sdfleet.train.world import (
     Shape,
     Single,
     Size,
-    outline,
 )
 
 Check = Literal["background", "colour", "shape", "both_shapes", "size", "count", "relation"]

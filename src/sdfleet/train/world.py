@@ -1,23 +1,17 @@
-"""The small world the built-in model knows: what can be in a picture, and how a picture is drawn.
+"""The small world the built-in model knows: what can be in a picture.
 
 A spec says in words what is in a picture; `sample_spec` draws one at random, never one that is held out for
-testing; `render` turns it into pixels and into one shape label per latent cell, the same ones for the same
-random generator.
+testing. `sdfleet.train.pictures` turns a spec into pixels.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
 from dataclasses import dataclass
 from typing import Literal, assert_never, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sdfleet.train import canvas
-from sdfleet.train.canvas import Canvas, Ellipse, Part, Point, Polygon
 
 Shape = Literal["circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond"]
 ColourName = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray"]
@@ -71,14 +65,6 @@ HELD_OUT_PAIRS: frozenset[tuple[Shape, ColourName]] = frozenset(
     }
 )
 HELD_OUT_SHARE = 10  # one in ten combinations of each kind is kept for testing as well
-
-# No object is smaller than 20 px in radius: five latent cells across is what it takes to tell a heart from a
-# diamond once the picture has gone through the decoder.
-RADIUS_PX: dict[Size, float] = {"small": 21.0, "medium": 33.0, "large": 47.0}
-PAIR_RADIUS_PX: dict[Size, float] = {"small": 21.0, "medium": 24.5, "large": 27.5}
-SHADOW = 0.14
-STRIPE_PX = 16
-BACKGROUND_LIGHT_LEVELS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,29 +194,6 @@ def draw_spec(rng: random.Random) -> Spec:
     )
 
 
-def render(spec: Spec, rng: random.Random) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw a spec: picture [128, 128, 3] uint8 and labels [16, 16] uint8, one per 8-pixel cell."""
-    view = Canvas()
-    labels = np.zeros((N_CELLS, N_CELLS), dtype=np.uint8)
-    if isinstance(spec, Scene):
-        from sdfleet.train.scenes import paint_scene
-
-        paint_scene(view, spec, rng)
-        labels[:] = SCENE_LABEL
-        return view.to_uint8(), labels
-    _paint_background(view, spec, rng)
-    shades = {thing.colour: jittered(thing.colour, rng) for thing in things_of(spec)}
-    for thing, x, y, radius in place(spec, rng):
-        mask, (left, top, right, foot) = view.paint(
-            outline(thing.shape, x, y, radius), shades[thing.colour], shadow=SHADOW
-        )
-        cover = np.zeros((canvas.SIDE_PX, canvas.SIDE_PX), dtype=np.float32)
-        cover[top:foot, left:right] = mask
-        share = cover.reshape(N_CELLS, CELL_PX, N_CELLS, CELL_PX).mean((1, 3))
-        labels[share > 0.3] = 1 + SHAPES.index(thing.shape)
-    return view.to_uint8(), labels
-
-
 def things_of(spec: Spec) -> tuple[Thing, ...]:
     """The different things of a spec; a scene has none."""
     match spec:
@@ -244,58 +207,6 @@ def things_of(spec: Spec) -> tuple[Thing, ...]:
             assert_never(spec)
 
 
-def place(spec: Single | Pair | Group, rng: random.Random) -> list[tuple[Thing, float, float, float]]:
-    """Things with centre and radius in pixels, back to front."""
-
-    def jitter(reach: float) -> float:
-        return rng.uniform(-reach, reach)
-
-    if isinstance(spec, Single):
-        radius = RADIUS_PX[spec.thing.size] * rng.uniform(0.95, 1.05)
-        reach = 3.0 if spec.thing.size == "large" else 6.0
-        return [(spec.thing, 64 + jitter(reach), 64 + jitter(reach), radius)]
-    if isinstance(spec, Group):
-        spots = {
-            2: [(37, 64), (91, 64)],
-            3: [(64, 37), (36, 91), (92, 91)],
-            4: [(37, 37), (91, 37), (37, 91), (91, 91)],
-        }[spec.count]
-        radius = (23.0 if spec.count == 2 else 22.0) * rng.uniform(0.95, 1.05)
-        return [(spec.thing, x + jitter(2.5), y + jitter(2.5), radius) for x, y in spots]
-    if spec.relation == "inside":
-        x, y = 64 + jitter(3), 64 + jitter(3)
-        drop = {"triangle": 12.0, "heart": -3.0, "star": 3.0}.get(spec.second.shape, 0.0)
-        inner = 20.0 * rng.uniform(0.97, 1.05)
-        return [
-            (spec.second, x, y, 56 * rng.uniform(0.97, 1.03)),
-            (spec.first, x + jitter(1), y + drop + jitter(1), inner),
-        ]
-    near = (34 + jitter(2), 64 + jitter(4))
-    far = (94 + jitter(2), 64 + jitter(4))
-    if spec.relation in ("right", "below"):
-        near, far = far, near
-    if spec.relation in ("above", "below"):
-        near, far = near[::-1], far[::-1]
-    return [
-        (thing, x, y, PAIR_RADIUS_PX[thing.size] * rng.uniform(0.96, 1.04))
-        for thing, (x, y) in ((spec.second, far), (spec.first, near))
-    ]
-
-
-def outline(shape: Shape, x: float, y: float, radius: float) -> list[Part]:
-    """The parts of a shape around a centre, in pixels."""
-    match shape:
-        case "circle":
-            return [canvas.disc(x, y, radius * 0.97)]
-        case "ring":
-            hole = radius * 0.58
-            return [canvas.disc(x, y, radius), Ellipse(x=x, y=y, rx=hole, ry=hole, is_hole=True)]
-        case "square" | "triangle" | "star" | "heart" | "cross" | "diamond":
-            return [Polygon(points=tuple((x + u * radius, y + v * radius) for u, v in CORNERS[shape]))]
-        case _:
-            assert_never(shape)
-
-
 def jittered(colour: ColourName, rng: random.Random, *, levels: int = 5) -> canvas.Colour:
     """A palette colour with a little chance in it."""
     red, green, blue = PALETTE[colour]
@@ -305,35 +216,6 @@ def jittered(colour: ColourName, rng: random.Random, *, levels: int = 5) -> canv
         green + rng.randint(-levels, levels),
         blue + rng.randint(-levels, levels),
     )
-
-
-def _star(inner: float) -> tuple[Point, ...]:
-    turns = [(k * math.pi / 5, 1.08 if k % 2 == 0 else inner) for k in range(10)]
-    return tuple((math.sin(turn) * reach, 0.06 - math.cos(turn) * reach) for turn, reach in turns)
-
-
-def _heart() -> tuple[Point, ...]:
-    points: list[Point] = []
-    for k in range(64):
-        turn = k / 64 * 2 * math.pi
-        down = 13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn)
-        points.append((math.sin(turn) ** 3, -down / 16 - 0.14))
-    return tuple(points)
-
-
-# Corners in radii around the centre. Plump on purpose: the arms of the cross and the tips of the star stay wider
-# than one latent cell at the smallest radius.
-CORNERS: dict[Shape, tuple[Point, ...]] = {
-    "square": ((-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)),
-    "triangle": ((0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)),
-    "star": _star(0.48),
-    "heart": _heart(),
-    "diamond": ((0.0, -1.08), (0.74, 0.0), (0.0, 1.08), (-0.74, 0.0)),
-    "cross": (
-        (-0.36, -1.0), (0.36, -1.0), (0.36, -0.36), (1.0, -0.36), (1.0, 0.36), (0.36, 0.36),
-        (0.36, 1.0), (-0.36, 1.0), (-0.36, 0.36), (-1.0, 0.36), (-1.0, -0.36), (-0.36, -0.36),
-    ),
-}  # fmt: skip
 
 
 def _falls_out(key: str) -> bool:
@@ -380,15 +262,3 @@ def _draw_pair(rng: random.Random) -> Pair:
     )
     background = _draw_background(rng, (first.colour, second.colour))
     return Pair(first=first, second=second, relation=relation, background=background)
-
-
-def _paint_background(view: Canvas, spec: Single | Pair | Group, rng: random.Random) -> None:
-    background = spec.background
-    if background.second is None:
-        colour = jittered(background.colour, rng)
-        view.fill_gradient(colour, colour)
-    elif background.kind == "gradient":
-        view.fill_gradient(jittered(background.colour, rng), jittered(background.second, rng))
-    else:
-        view.fill_stripes(jittered(background.colour, rng), jittered(background.second, rng), width_px=STRIPE_PX)
-    view.light(BACKGROUND_LIGHT_LEVELS)

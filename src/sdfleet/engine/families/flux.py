@@ -1,4 +1,4 @@
-"""FLUX.1 dev, schnell, Fill and Kontext: a transformer over image and text tokens, flow matching, T5 and one vector of CLIP.
+"""FLUX.1 dev, schnell, Fill and Kontext: a transformer over image and text tokens, flow matching, T5 and a little CLIP.
 
 They differ in what the network is told beside the latents, and the folder says which one it is:
 
@@ -22,7 +22,7 @@ from sdfleet.domain import Drawing
 from sdfleet.engine.components import Components
 from sdfleet.engine.conditioning import Conditioning, Room, flux_conditioning
 from sdfleet.engine.devices import Device
-from sdfleet.engine.families.base import LatentFamily, NetworkRows, PromptPair, Source, Start
+from sdfleet.engine.families.base import Blend, LatentFamily, NetworkRows, PromptPair, Source, Start
 from sdfleet.engine.pixels import to_mask, to_unit_range
 from sdfleet.engine.prompt import Prompt, parse_prompt
 from sdfleet.engine.prompt_cache import PromptCache
@@ -58,7 +58,7 @@ class Flux(LatentFamily):
 
     @property
     def n_extra_channels(self) -> int:
-        """Channels beside the latents: for Fill those of the masked picture, and the mask with its pixels as channels."""
+        """Channels beside the latents: for Fill the masked picture's, and one for each pixel of the mask in a cell."""
         extra = int(self._denoiser_config["in_channels"]) // _PATCH**2 - self.latent_channels
         if extra not in {0, self.latent_channels + self._mask_channels}:
             raise UnsupportedByModel(
@@ -72,7 +72,7 @@ class Flux(LatentFamily):
         if drawing.t5 == "skip":
             raise UnsupportedByModel("FLUX reads the prompt with T5, which cannot be left out", hint="leave t5 at auto")
 
-    def is_guided(self, drawing: Drawing) -> bool:  # noqa: ARG002 - no drawing is
+    def is_guided(self, drawing: Drawing) -> bool:
         """Never: guidance is inside the network, or there is none."""
         return False
 
@@ -137,11 +137,14 @@ class Flux(LatentFamily):
         )
 
     def start(self, drawing: Drawing, source: Source, generator: torch.Generator) -> Start:
-        """As the base; what Kontext edits, it looks at all the way."""
-        start = super().start(drawing, source, generator)
-        if not self._edits or start.clean is None:
-            return start
-        return replace(start, extra=start.clean, clean=start.clean if start.blend is not None else None)
+        """As the base; what Kontext edits, it looks at all the way, as the encoder's mean and without a draw."""
+        if not self._edits or source.image is None:
+            return super().start(drawing, source, generator)
+        noise = torch.randn(self.latent_shape(drawing), generator=generator).to(self.device.torch_device)
+        seen = source.image.mean
+        if source.mask is None:
+            return Start(noise=noise, extra=seen)
+        return Start(noise=noise, clean=seen, blend=Blend(image=seen, noise=noise, mask=source.mask), extra=seen)
 
     def n_latent_tokens(self, drawing: Drawing) -> int:
         """Image tokens: patches of latent cells. Those of a picture to edit do not count."""

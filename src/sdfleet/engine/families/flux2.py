@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from sdfleet.domain import Drawing, ImageRequest
+from sdfleet.domain import Drawing, ImageRequest, Picture
 from sdfleet.engine.components import Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.families.base import Blend, NetworkRows, Source, Start
 from sdfleet.engine.families.qwen import QwenFamily
 from sdfleet.engine.pixels import resized, to_mask, to_unit_range
 from sdfleet.engine.prompt_cache import PromptCache
+from sdfleet.engine.qwen_encoder import QWEN_MIN_LENGTH
 from sdfleet.engine.vae import PatchedVae
 from sdfleet.errors import UnsupportedByModel
 
@@ -80,18 +81,12 @@ class Flux2Klein(QwenFamily):
         """The input picture's latents, and the mask in soft edges: a latent cell is 16 pixels wide."""
         if drawing.image is None:
             return Source()
-        image = to_unit_range(drawing.image)
-        if drawing.mask is not None:
-            cells = torch.nn.functional.interpolate(
-                to_mask(drawing.mask), size=self.latent_shape(drawing)[-2:], mode="bilinear"
-            )
-            return Source(image=self.vae.encode(image), mask=cells.to(self.device.torch_device))
-        width_px, height_px = drawing.width_px, drawing.height_px
-        if width_px * height_px > _REFERENCE_AREA_PX:
-            scale = math.sqrt(_REFERENCE_AREA_PX / (width_px * height_px))
-            shrunk = to_unit_range(resized(drawing.image, int(width_px * scale), int(height_px * scale)))
-            image = _centre(shrunk, multiple_px=self.px_per_latent)
-        return Source(image=self.vae.encode(image))
+        if drawing.mask is None:
+            return Source(image=self.vae.encode(reference_pixels(drawing.image, multiple_px=self.px_per_latent)))
+        cells = torch.nn.functional.interpolate(
+            to_mask(drawing.mask), size=self.latent_shape(drawing)[-2:], mode="bilinear"
+        )
+        return Source(image=self.vae.encode(to_unit_range(drawing.image)), mask=cells.to(self.device.torch_device))
 
     def start(self, drawing: Drawing, source: Source, generator: torch.Generator) -> Start:
         """Noise, and the reference beside it. The encoder's mean is taken, so noise is the only draw."""
@@ -132,11 +127,22 @@ class Flux2Klein(QwenFamily):
         return self._preview_map.apply(denoised)
 
     def _tokens(self, cells: int) -> int:
-        # The reference is as large as the picture.
-        return 2 * cells
+        # A reference is as large as the picture, and the prompt is never shorter.
+        return 2 * cells + QWEN_MIN_LENGTH
 
     def _width(self) -> int:
         return int(self._denoiser_config["attention_head_dim"]) * int(self._denoiser_config["num_attention_heads"])
+
+
+def reference_pixels(picture: Picture, *, multiple_px: int) -> Tensor:
+    """The picture as [1, 3, H, W] in [-1, 1]: at most about a megapixel, cut to sides that are multiples."""
+    area_px = picture.width_px * picture.height_px
+    if area_px > _REFERENCE_AREA_PX:
+        scale = math.sqrt(_REFERENCE_AREA_PX / area_px)
+        picture = resized(picture, int(picture.width_px * scale), int(picture.height_px * scale))
+    height, width = (side // multiple_px * multiple_px for side in (picture.height_px, picture.width_px))
+    top, left = (picture.height_px - height) // 2, (picture.width_px - width) // 2
+    return to_unit_range(picture)[..., top : top + height, left : left + width]
 
 
 def _packed(latents: Tensor) -> Tensor:
@@ -149,11 +155,3 @@ def _places(height: int, width: int, *, time: int) -> Tensor:
     return torch.cartesian_prod(
         torch.tensor([time]), torch.arange(height), torch.arange(width), torch.tensor([0])
     ).float()
-
-
-def _centre(image: Tensor, *, multiple_px: int) -> Tensor:
-    """The middle of [1, 3, H, W] whose sides are multiples of `multiple_px`."""
-    *_, height, width = image.shape
-    kept_height, kept_width = (side // multiple_px * multiple_px for side in (height, width))
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    return image[..., top : top + kept_height, left : left + kept_width]

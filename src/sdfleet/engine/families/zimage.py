@@ -1,5 +1,4 @@
-"""Z-Image and Z-Image turbo: one stream of image and text tokens, flow matching, prompts read by Qwen3
-(arXiv:2511.22699).
+"""Z-Image and Z-Image turbo: one stream of image and text tokens, flow matching, Qwen3 (arXiv:2511.22699).
 
 The transformer takes lists, one picture and one prompt of its own length each; it pads and masks them itself. So rows
 whose prompts differ in length share a step.
