@@ -25,7 +25,7 @@ from sdfleet.errors import (
     UnsupportedByModel,
 )
 from sdfleet.runtime import Runtime, fit_size
-from tests.catalog.folders import write_sd, write_sd3
+from tests.catalog.folders import write_flux, write_sd, write_sd3
 
 SMALL: dict[str, Any] = {"min_side_px": 96, "max_side_px": 192, "resizes": True}
 
@@ -274,3 +274,27 @@ def test_the_built_in_model_says_how_it_came_to_another_size(size: tuple[int, in
 
     assert (prepared.drawing.width_px, prepared.drawing.height_px, prepared.drawing.resize_to) == (128, 128, size)
     assert any(warning.startswith(words) for warning in prepared.warnings)
+
+
+def test_an_input_picture_is_brought_to_what_a_transformer_can_take(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "models")
+    catalog.add(write_sd3(tmp_path / "sd3"), name="sd3")
+    request = ImageRequest(prompt="fox", model="sd3", image=_picture(1000, 504))
+    runtime = Runtime(catalog=catalog, backend=FakeBackend())
+    drawing = runtime._prepare(request, wants_previews=False).drawing
+
+    assert (drawing.width_px, drawing.height_px) == (1008, 512)
+
+
+def test_strength_is_the_requests_then_the_cards_then_three_quarters(tmp_path: Path) -> None:
+    fill = Catalog(tmp_path / "models")
+    fill.add(write_flux(tmp_path / "fill", pipeline="FluxFillPipeline"), name="fill")
+    fill.add(write_sd(tmp_path / "sd"), name="sd")
+    runtime = Runtime(catalog=fill, backend=FakeBackend())
+    image, mask = _picture(512, 512), _picture(512, 512, mode="L")
+
+    def strength(model: str, asked: float | None) -> float:
+        request = ImageRequest(prompt="fox", model=model, image=image, mask=mask, strength=asked)
+        return runtime._prepare(request, wants_previews=False).drawing.strength
+
+    assert (strength("fill", None), strength("fill", 0.5), strength("sd", None)) == (1.0, 0.5, 0.75)

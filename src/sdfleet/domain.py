@@ -51,7 +51,7 @@ class ImageRequest:
 
     seed: picture i of the request draws its noise from `seed + i`, whatever else the device is doing.
     guidance: classifier-free guidance; 1 or less draws without the negative prompt, at half the work.
-    strength: (0, 1], how far an input picture is redrawn.
+    strength: (0, 1], how far an input picture is redrawn; None takes the card's, or 0.75.
     mask: white is drawn anew, black is kept; same size as `image`.
     reproducible: the picture's rows run alone, so that not even rounding depends on neighbours.
     allow_degraded: after an out-of-memory the picture may be made smaller instead of failing.
@@ -68,7 +68,7 @@ class ImageRequest:
     n_images: int = 1
     sampler: str | None = None
     image: Picture | None = None
-    strength: float = 0.75
+    strength: float | None = None
     mask: Picture | None = None
     t5: T5Use = "auto"
     reproducible: bool = False
@@ -90,7 +90,7 @@ class ImageRequest:
             raise InvalidValue("seed", f"{self.seed} does not fit 64 bits", hint="use 0 to 18446744073709551615")
         if not 1 <= self.n_images <= MAX_IMAGES:
             raise InvalidValue("n", f"{self.n_images} pictures asked for", hint=f"ask for 1 to {MAX_IMAGES}")
-        if not (math.isfinite(self.strength) and 0 < self.strength <= 1):
+        if self.strength is not None and not (math.isfinite(self.strength) and 0 < self.strength <= 1):
             raise InvalidValue("strength", f"{self.strength} is not above 0 and at most 1")
         if self.mask is not None:
             self._check_mask(self.mask)

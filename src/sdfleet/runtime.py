@@ -39,6 +39,8 @@ from sdfleet.storage import pictures
 log = logging.getLogger(__name__)
 
 MIN_SIDE_PX = 16
+# The web UI's own default for img2img.
+DEFAULT_STRENGTH = 0.75
 # A seed nobody chose: 32 bits, because AUTOMATIC1111's clients read no longer one.
 RANDOM_SEED_BITS = 32
 
@@ -120,7 +122,7 @@ class Runtime:
         guidance = card.guidance if request.guidance is None or "guidance" in card.ignores else request.guidance
         _warn_of_ignored(request, card, guidance=guidance, warnings=warnings)
         t5 = _t5(request, found, warnings)
-        size = _asked_size(request, card, warnings)
+        size = _asked_size(request, card, warnings, multiple_px=found.side_multiple_px)
         drawn = _drawn_size(card, *size)
         if drawn != size:
             warnings.append(_how_resized(card, drawn, size, has_image=request.image is not None))
@@ -139,7 +141,7 @@ class Runtime:
             n_images=request.n_images,
             sampler=sampler,
             image=_sized(request.image, drawn),
-            strength=request.strength if request.image is not None else 1.0,
+            strength=_strength(request, card),
             mask=_sized(request.mask, drawn),
             t5=t5,
             reproducible=request.reproducible,
@@ -178,12 +180,18 @@ def fit_size(width_px: int, height_px: int, *, area_px: int, min_side_px: int, m
     return min(((w, h) for w in sides for h in sides), key=distance)
 
 
-def _asked_size(request: ImageRequest, card: Card, warnings: list[str]) -> tuple[int, int]:
+def _strength(request: ImageRequest, card: Card) -> float:
+    if request.image is None:
+        return 1.0
+    return request.strength if request.strength is not None else card.strength or DEFAULT_STRENGTH
+
+
+def _asked_size(request: ImageRequest, card: Card, warnings: list[str], *, multiple_px: int) -> tuple[int, int]:
     """The size of the finished picture: as asked, else the input picture's, else the card's."""
     if request.width_px is not None and request.height_px is not None:
         size = (request.width_px, request.height_px)
     elif request.image is not None:
-        size = _size_of_input(request.image)
+        size = _size_of_input(request.image, multiple_px=multiple_px)
     else:
         return card.width_px, card.height_px
     if request.image is not None and (request.image.width_px, request.image.height_px) != size:
@@ -207,12 +215,12 @@ def _how_resized(card: Card, drawn: tuple[int, int], size: tuple[int, int], *, h
     return f"drawn at {_x(drawn)}{resized} and filled up at the edges to {_x(size)}: {why}"
 
 
-def _size_of_input(image: Picture) -> tuple[int, int]:
-    """The nearest size with sides that can be drawn: multiples of 8, in the range of the domain."""
+def _size_of_input(image: Picture, *, multiple_px: int) -> tuple[int, int]:
+    """The nearest size with sides that the model can draw, in the range of the domain."""
     scale = min(1.0, MAX_SIDE_PX / max(image.width_px, image.height_px))
 
     def side(side_px: int) -> int:
-        return max(MIN_SIDE_PX, math.floor(side_px * scale / SIDE_MULTIPLE_PX + 0.5) * SIDE_MULTIPLE_PX)
+        return max(MIN_SIDE_PX, math.floor(side_px * scale / multiple_px + 0.5) * multiple_px)
 
     return side(image.width_px), side(image.height_px)
 

@@ -54,7 +54,7 @@ def test_a_folder_that_went_away_is_marked_in_the_list(run: Run, tmp_path: Path)
         (lambda path: path.write_bytes(b"\x80\x04"), "is a pickle"),
         (lambda path: path.mkdir(), "no model_index.json"),
         (lambda _: None, "there is nothing at"),
-        (lambda path: write_sd(path, pipeline="FluxPipeline"), "FluxPipeline is not served yet"),
+        (lambda path: write_sd(path, pipeline="PixArtSigmaPipeline"), "PixArtSigmaPipeline is not served yet"),
     ],
     ids=["pickle", "empty folder", "nothing", "another family"],
 )

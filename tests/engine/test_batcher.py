@@ -111,3 +111,13 @@ def test_every_batch_is_of_one_key_within_the_limit_and_everyone_gets_a_turn(
         for done in decision.ids:
             del waiting[done]
     assert not waiting
+
+
+def test_a_key_whose_speed_has_changed_is_learnt_anew_and_no_other() -> None:
+    batcher = Batcher()
+    for key in ("a", "b"):
+        settle(batcher, candidates(20, key=key), lambda n_rows: 3.0 * n_rows)
+    batcher.forget(lambda key: key == "a")
+
+    assert settle(batcher, candidates(20, key="b"), lambda n_rows: 3.0 * n_rows) == 2
+    assert settle(batcher, candidates(20, key="a"), lambda n_rows: 0.020 + 0.001 * n_rows) >= 32

@@ -29,7 +29,7 @@ def is_name(text: str) -> bool:
 class Card(BaseModel):
     """What is known of one checkpoint before any weight is read.
 
-    width_px, height_px, steps, guidance, sampler: used where a request says nothing.
+    width_px, height_px, steps, guidance, sampler, strength: used where a request says nothing.
     native_area_px: the area it was trained at. min_side_px, max_side_px: sides it draws well.
     resizes: a size outside these sides is drawn near the native area and resized, with a warning.
     ignores: what has no effect on its pictures; a request that uses one is answered with a warning.
@@ -46,6 +46,7 @@ class Card(BaseModel):
     width_px: Side
     height_px: Side
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
     guidance: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
     sampler: str
     native_area_px: Annotated[int, Field(gt=0)] | None = None

@@ -79,6 +79,7 @@ class Advice:
     steps: int
     guidance: float
     ignores: tuple[Ignored, ...] = ()
+    strength: float | None = None
 
 
 # As the authors' model pages show them for the undistilled checkpoints.
@@ -94,7 +95,7 @@ ADVICE: Mapping[Family, Advice] = {
 }
 # For pipelines whose checkpoints are drawn with otherwise than the rest of their family.
 ADVICE_OF_CLASS: Mapping[str, Advice] = {
-    "FluxFillPipeline": Advice(steps=50, guidance=30.0, ignores=("negative_prompt",)),
+    "FluxFillPipeline": Advice(steps=50, guidance=30.0, ignores=("negative_prompt",), strength=1.0),
     "FluxKontextPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
     "FluxKontextInpaintPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
 }
@@ -138,6 +139,12 @@ class Identified:
     sampler: str
     t5: Literal["here", "left_out", "never_had"]
     ignores: tuple[Ignored, ...] = ()
+    strength: float | None = None
+
+    @property
+    def side_multiple_px(self) -> int:
+        """Sides of a picture must be a multiple of this: transformers take latents in patches of two by two."""
+        return 8 if self.family in ("sd", "sdxl") else 16
 
     @property
     def n_bytes(self) -> int:
@@ -187,6 +194,7 @@ def identify(path: Path) -> Identified:
         sampler=_sampler(components["scheduler"], family=family),
         t5=_t5(family, components),
         ignores=advice.ignores,
+        strength=advice.strength,
     )
 
 

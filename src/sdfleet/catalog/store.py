@@ -115,6 +115,7 @@ class Catalog:
             steps=found.steps,
             guidance=found.guidance,
             sampler=found.sampler,
+            strength=found.strength,
             ignores=found.ignores,
             folder=str(folder),
         )

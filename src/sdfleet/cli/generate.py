@@ -175,7 +175,7 @@ def _request(
         n_images=_first(n_images, None, default=1),
         sampler=_first(sampler, noted.sampler, default=None),
         image=None if image is None else _read_picture(image, field="image"),
-        strength=_first(strength, noted.strength, default=0.75),
+        strength=_first(strength, noted.strength, default=None),
         mask=None if mask is None else _read_picture(mask, field="mask"),
         t5=_first(t5, noted.t5, default="auto"),
         reproducible=_first(reproducible, noted.reproducible, default=False),

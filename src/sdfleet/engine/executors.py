@@ -153,7 +153,7 @@ class Executors:
         return checkpoint if denoiser.is_settled and denoiser.choice == "openvino" else None
 
     def let_go(self, checkpoint: str) -> None:
-        """The checkpoint leaves the memory: a trial is begun again another time; what is decided or converting stays."""
+        """The checkpoint leaves the memory: a trial will begin anew; what is decided or converting stays."""
         denoiser = self._known.get(checkpoint)
         if denoiser is not None:
             denoiser.trying = denoiser.watched = denoiser.last_call = None

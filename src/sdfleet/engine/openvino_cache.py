@@ -31,7 +31,7 @@ _FORMAT = 1
 # SD 1.5 is 3.4 GB, SDXL 10 GB, SD3.5 medium 9 GB in float32; the least recently used go first.
 _MOST_BYTES = 30_000_000_000
 _ABANDONED_S = 24 * 3600
-_NICENESS = 19
+_NICENESS = 10
 
 
 class ConversionFailed(Exception):
@@ -158,6 +158,7 @@ class Conversion:
         if code or not (self._part / MODEL_FILE).is_file():
             self.cancel()
             raise ConversionFailed((words or [f"exit code {code}"])[-1][:300])
+        (self._part / "log").unlink()
         try:
             self._part.rename(self._target)
         except OSError:  # another engine was first

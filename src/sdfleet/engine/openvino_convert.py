@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     os.nice(chosen.niceness)
+    # OpenVINO's converter reports to a statistics server unless this package cannot be imported; nobody asked for that.
+    sys.modules["openvino_telemetry"] = cast("Any", None)
     convert(chosen.checkpoint, chosen.component, chosen.target)
     return 0
 
 
 def convert(checkpoint: Path, component: str, target: Path) -> None:
     """The component's weights in float32 as an OpenVINO model that takes any number of rows, any size, any tokens."""
-    # OpenVINO's converter reports to a statistics server unless this package cannot be imported; nobody asked for that.
-    sys.modules["openvino_telemetry"] = cast("Any", None)
     import openvino
     import torch
 
@@ -44,7 +44,6 @@ def convert(checkpoint: Path, component: str, target: Path) -> None:
     from sdfleet.engine.devices import Device
     from sdfleet.engine.openvino_calls import call_of
 
-    torch.set_num_threads(1)
     in_float32 = Device(kind="cpu", dtype=torch.float32, vae_dtype=torch.float32, why="OpenVINO rounds by itself")
     components = Components(checkpoint, in_float32)
     name = cast("ComponentName", component)
@@ -52,7 +51,7 @@ def convert(checkpoint: Path, component: str, target: Path) -> None:
     if call is None:
         raise SystemExit(f"the {component} of {checkpoint} is of a class that is not converted")
     with warnings.catch_warnings(), torch.inference_mode(mode=False), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer warns of every branch; the engine compares the answers instead
+        warnings.simplefilter("ignore")  # the tracer warns of every branch; the trial compares the answers instead
         model = openvino.convert_model(call.wrapped(components.use(name)), example_input=call.examples())
     openvino.save_model(model, target / MODEL_FILE, compress_to_fp16=False)
 

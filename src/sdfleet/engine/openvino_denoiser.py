@@ -33,7 +33,6 @@ class OpenVinoDenoiser:
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": 1,
                 "INFERENCE_NUM_THREADS": n_threads,
-                "COMPILATION_NUM_THREADS": n_threads,
                 # Pinning would tie this thread, and with it every later call of torch, to one core.
                 "ENABLE_CPU_PINNING": False,
             },
