@@ -31,7 +31,7 @@ from sdfleet.train.world import Group, Pair, Scene, Single, Spec, draw_spec, is_
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 STEPS = 20
 # What a release must reach, in percent; the same numbers are in PROVENANCE.md.
 FLOORS = {

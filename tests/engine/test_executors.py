@@ -212,13 +212,33 @@ def test_nothing_is_tried_while_something_is_drawn(
     engine.close()
 
 
-def test_the_next_start_needs_neither_conversion_nor_trial_nor_torchs_weights(
+def test_the_next_start_takes_over_in_the_first_pause_without_conversion_or_trial(
     checkpoints: Checkpoints, cache_folder: Path, converted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
     one = drawing("sd15", checkpoints("sd15"))
     ours(one, options=options(cache_folder))
     converted.clear()
+    monkeypatch.setattr(executors, "timed_call", None)
+    engine = Engine(options(cache_folder))
+    engine.submit(one)
+    while engine._has_work:
+        engine.step()
+    assert executor_of(engine)["executor"] == "torch"  # the first picture did not wait for it to be compiled
+    run(engine)
+
+    assert (executor_of(engine)["executor"], converted) == ("openvino", [])
+    engine.close()
+
+
+def test_a_checkpoint_that_comes_back_is_opened_with_what_was_chosen(
+    checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
+    one = drawing("sd15", checkpoints("sd15"))
+    engine = Engine(options(cache_folder))
+    draw(engine, one)
+    engine._residency.drop_idle(busy=())
     loaded: list[str] = []
     real = Components.load
 
@@ -227,11 +247,11 @@ def test_the_next_start_needs_neither_conversion_nor_trial_nor_torchs_weights(
         return real(self, name)
 
     monkeypatch.setattr(Components, "load", load)
-    ours(one, options=options(cache_folder))
+    draw(engine, one)
 
-    assert converted == []
     assert "text_encoder" in loaded
     assert "unet" not in loaded
+    engine.close()
 
 
 def test_changed_files_are_another_conversion(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
     1. a checkpoint's first pictures are drawn by torch
     2. when the engine is idle, another process converts the denoiser (openvino_cache.py); nobody waits for it
     3. idle again, both are timed on the last real call, one call a turn, and their answers compared
-    4. the faster one stays, the other leaves the memory; the times are kept beside the conversion for the next start
+    4. the faster one stays, the other leaves the memory; the times are kept beside the conversion, and after the next
+       start OpenVINO takes over in the first pause without a trial
 
 The choice is one per checkpoint, not per number of rows: keeping two copies of the weights for the last few per cent is
 not worth their memory. It changes only when nothing is being drawn, so all pictures of a job come from one executor.
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Rows that are tried: a picture with guidance, and batches of four and eight of them.
 TRIED_ROWS = (2, 8, 16)
-_REPEATS = 3
+_REPEATS = 5
 # More rows are not tried where one call would take longer: a job that comes in between waits for one call.
 _LONGEST_CALL_S = 3.0
 # OpenVINO must win by this on the geometric mean of the rows tried. Below that the noise of a busy machine decides.
@@ -101,8 +102,11 @@ class Executors:
                 self._settle(denoiser, "openvino", "as asked")
             elif self._cache.find(key) is not None:
                 trial = self._cache.trial(key, dtype=self._device.dtype_name, n_threads=torch.get_num_threads())
-                if trial is not None:
+                if trial is not None and _gain(trial) < _MUST_WIN_BY:
                     self._decide(denoiser, trial)
+                elif trial is not None:
+                    # Compiling takes a second, which is more than it saves a first picture: taken in the first pause.
+                    denoiser.trial = trial
         if denoiser.choice == "openvino":
             components.serve(name, lambda: self._opened(denoiser))
 
@@ -223,6 +227,9 @@ class Executors:
         args, kwargs = denoiser.last_call
         by_torch = denoiser.components.use(denoiser.name)
         by_openvino = self._compiled(denoiser, model_file)
+        if denoiser.trial is not None:
+            self._take_over(denoiser, denoiser.trial, by_openvino)
+            return
         yield
         apart = 0.0
         # Another size and other lengths than those timed below, so that nothing in the trace is taken for fixed.
@@ -250,13 +257,15 @@ class Executors:
                     yield
         trial = Trial(torch_s=torch_s, openvino_s=openvino_s, apart=apart)
         self._cache.keep_trial(denoiser.key, trial, dtype=self._device.dtype_name, n_threads=torch.get_num_threads())
+        self._take_over(denoiser, trial, by_openvino)
+
+    def _take_over(self, denoiser: _Denoiser, trial: Trial, by_openvino: OpenVinoDenoiser) -> None:
         self._decide(denoiser, trial)
         if denoiser.choice == "openvino":
             denoiser.components.serve(denoiser.name, lambda: self._opened(denoiser), now=by_openvino)
 
     def _decide(self, denoiser: _Denoiser, trial: Trial) -> None:
-        gains = [trial.torch_s[rows] / max(trial.openvino_s[rows], 1e-9) for rows in trial.torch_s]
-        gain = math.exp(sum(math.log(g) for g in gains) / len(gains))
+        gain = _gain(trial)
         denoiser.trial = trial
         rows = ", ".join(map(str, trial.torch_s))
         why = f"OpenVINO took {1 / gain:.2f} of torch's time (geometric mean at {rows} rows)"
@@ -336,6 +345,11 @@ def _half_as_high(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
         return torch.cat([value, value], dim=1) if isinstance(value, Tensor) and value.dim() == 3 else value
 
     return tuple(changed(value) for value in args), {name: changed(value) for name, value in kwargs.items()}
+
+
+def _gain(trial: Trial) -> float:
+    gains = [trial.torch_s[rows] / max(trial.openvino_s[rows], 1e-9) for rows in trial.torch_s]
+    return math.exp(sum(math.log(gain) for gain in gains) / len(gains))
 
 
 def _apart(answer: Tensor, expected: Tensor) -> float:

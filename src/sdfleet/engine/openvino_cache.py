@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sdfleet.engine.openvino_convert import MODEL_FILE
@@ -59,7 +59,7 @@ class ModelCache:
         folder = checkpoint / component
         files = sorted(path for path in folder.iterdir() if path.is_file())
         said = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        versions = [version(name) for name in ("openvino", "torch", "diffusers")]
+        versions = [_version(name) for name in ("openvino", "torch", "diffusers")]
         return f"{_hashed(str(folder.resolve()))}-{_hashed(json.dumps([_FORMAT, said, versions]))}"
 
     def find(self, key: str) -> Path | None:
@@ -178,6 +178,13 @@ class Conversion:
 
 
 _TIMES = ("torch_s", "openvino_s")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # built by hand, or under another name
+        return "unknown"
 
 
 def _hashed(text: str) -> str:

@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--niceness", type=int, default=0)
     chosen = parser.parse_args(arguments)
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    if not (chosen.checkpoint / "model_index.json").is_file():
+        raise SystemExit(f"there is no model_index.json in {chosen.checkpoint}")
     os.nice(chosen.niceness)
     # OpenVINO's converter reports to a statistics server unless this package cannot be imported; nobody asked for that.
     sys.modules["openvino_telemetry"] = cast("Any", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class Recipe:
 
     lr: float = 2.5e-3
     batch: int = 64
-    # More steps at high noise, where layout, colour and shape are decided: t = 1000 (1 - (1-u)^(1+bias)).
+    # More steps at high noise, where layout, colour and shape are decided: t = 1000 (1 - (1-u)^(1+bias)). Like the
+    # weights below it fades away in the cool-down, so that a run ends on the plain objective.
     level_bias: float = 0.35
     # How much an object's cells and their neighbours weigh against empty ones, until the cool-down evens it out.
     object_weight: float = 2.5
@@ -198,14 +200,22 @@ def train_denoiser(
     for chance in row_generators(seed, "denoiser", learner.n_steps, peers):
         if learner.n_steps % 10 == 0:
             plan = _current_plan(plan, folder, peers)
-        if learner.samples_seen >= plan.planned_samples:
+        parent = multiprocessing.parent_process()
+        is_orphan = parent is not None and not parent.is_alive()  # whoever started the workers was stopped
+        if is_orphan or learner.samples_seen >= plan.planned_samples:
             break
         share = plan.cooldown_share(learner.samples_seen)
         if share > 0 and not was_cooling and peers.rank == 0:
             learner.save(before_path)
         was_cooling = share > 0
         batch = draw_batch(
-            pictures, chance, n=n_rows, level_bias=recipe.level_bias, empty=empty, signal=signal, latent_map=latent_map
+            pictures,
+            chance,
+            n=n_rows,
+            level_bias=recipe.level_bias * (1 - share),
+            empty=empty,
+            signal=signal,
+            latent_map=latent_map,
         )
         batch = Batch(**{name: getattr(batch, name).to(device) for name in Batch.__slots__})
         loss, facts = drawing_loss(drawing, batch, recipe, evenness=share)
