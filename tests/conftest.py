@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ os.environ.update(  # noqa: TID251 - tests set the stage
 
 def pytest_configure(config: pytest.Config) -> None:
     """No clock decides a test, and a library's own warnings that nobody here can change are no errors."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # Started in the background by a shell: processes that tests start would ignore Ctrl-C too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A busy machine is slow now and then; that is no failure.
     hypothesis.settings.register_profile("sdfleet", deadline=None)
     hypothesis.settings.load_profile("sdfleet")

@@ -9,16 +9,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdfleet.domain import Drawing, ImageRequest, Picture
+from sdfleet.domain import Drawing, Picture
 from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import JobDone, JobFailed
-from sdfleet.engine.families.flux import UNSAID_STRENGTH
 from sdfleet.errors import InvalidValue, SdfleetError, UnsupportedByModel
 from tests.engine.drawing import FLOAT32, drawing, most_levels_apart, ours, photo, run, square_mask, theirs
 
@@ -56,7 +54,7 @@ def _refusal(one: Drawing) -> SdfleetError:
         ("flux-dev", {"negative_prompt": "blurry"}, ("no negative prompt",)),
         ("flux-schnell", {"guidance": 0.0}, ()),
         ("flux-schnell", {"guidance": 3.5}, ("distilled without guidance",)),
-        ("flux-kontext", {"image": photo(), "strength": 0.75}, ()),
+        ("flux-kontext", {"image": photo(), "strength": 1.0}, ()),
         ("flux-kontext", {"image": photo(), "strength": 0.4}, ("strength has no effect",)),
         ("flux-kontext", {"image": photo(), "strength": 0.4, "mask": square_mask()}, ()),
         ("flux-dev", {"prompt": LONG_PROMPT}, (r"first 75 of \d+ tokens",)),
@@ -142,8 +140,3 @@ def test_a_control_network_is_not_taken_for_dev(checkpoints: Checkpoints, tmp_pa
     config = folder / "transformer/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 128}))
     assert "16 channels beside the latents" in str(_refusal(drawing("flux-dev", folder)))
-
-
-def test_the_strength_that_nobody_asked_for_is_the_requests_own() -> None:
-    (default,) = [field.default for field in fields(ImageRequest) if field.name == "strength"]
-    assert default == UNSAID_STRENGTH

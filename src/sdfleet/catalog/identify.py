@@ -74,7 +74,10 @@ SAMPLER_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """How its authors draw with a kind of checkpoint, and what has no effect on it."""
+    """How its authors draw with a kind of checkpoint, and what has no effect on it.
+
+    strength: 1 for models that edit a picture rather than redraw it; None leaves it to the request.
+    """
 
     steps: int
     guidance: float
@@ -89,22 +92,22 @@ ADVICE: Mapping[Family, Advice] = {
     "sd3": Advice(steps=28, guidance=7.0),
     "flux": Advice(steps=28, guidance=3.5, ignores=("negative_prompt",)),
     # klein base.
-    "flux2": Advice(steps=50, guidance=4.0),
+    "flux2": Advice(steps=50, guidance=4.0, strength=1.0),
     # Turbo's eight network calls. Its model page says 9 steps, of an older diffusers whose last step went nowhere.
     "zimage": Advice(steps=8, guidance=0.0),
 }
 # For pipelines whose checkpoints are drawn with otherwise than the rest of their family.
 ADVICE_OF_CLASS: Mapping[str, Advice] = {
     "FluxFillPipeline": Advice(steps=50, guidance=30.0, ignores=("negative_prompt",), strength=1.0),
-    "FluxKontextPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
-    "FluxKontextInpaintPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",)),
+    "FluxKontextPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",), strength=1.0),
+    "FluxKontextInpaintPipeline": Advice(steps=28, guidance=2.5, ignores=("negative_prompt",), strength=1.0),
 }
 # A FLUX.1 network that takes no guidance: schnell, distilled to a few steps. Its class, and its guidance_embeds.
 SCHNELL = ("FluxTransformer2DModel", False)
 ADVICE_FOR_SCHNELL = Advice(steps=4, guidance=0.0, ignores=("negative_prompt", "guidance"))
 # Where model_index.json says is_distilled, as FLUX.2 klein's does.
 ADVICE_OF_DISTILLED: Mapping[Family, Advice] = {
-    "flux2": Advice(steps=4, guidance=1.0, ignores=("negative_prompt", "guidance"))
+    "flux2": Advice(steps=4, guidance=1.0, ignores=("negative_prompt", "guidance"), strength=1.0)
 }
 
 

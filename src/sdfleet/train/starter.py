@@ -41,8 +41,8 @@ class StarterPlan:
     text_samples: int = 100_000
     decoder_samples: int = 32_000
     encoder_samples: int = 16_000
-    denoiser_samples: int = 450_000
-    cooldown_samples: int = 90_000
+    denoiser_samples: int = 478_000
+    cooldown_samples: int = 86_000
     batch: int = 64
     lr: float = 2.5e-3
 

@@ -34,8 +34,6 @@ _PATCH = 2
 # What T5's states are padded to, as in training: max_sequence_length of the pipelines, and of schnell's model page.
 _T5_LENGTH = 512
 _T5_LENGTH_SCHNELL = 256
-# The strength of requests that say none (ImageRequest.strength): no reason to tell anyone that it has no effect.
-UNSAID_STRENGTH = 0.75
 
 
 class Flux(LatentFamily):
@@ -169,7 +167,7 @@ class Flux(LatentFamily):
         # 0 and 1 are how requests say "no guidance", and schnell's own card says 0.
         if drawing.guidance > 1 and not self._takes_guidance:
             found.append("this model was distilled without guidance: it has no effect")
-        if self.strength(drawing) != drawing.strength and drawing.strength != UNSAID_STRENGTH:
+        if self.strength(drawing) != drawing.strength:
             found.append("this model edits the whole picture, starting from noise: strength has no effect")
         window, n_tokens = clip.length - 2, n_clip_tokens(clip, parse_prompt(drawing.prompt))
         if n_tokens > window:

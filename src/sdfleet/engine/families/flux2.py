@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdfleet.domain import Drawing, ImageRequest, Picture
+from sdfleet.domain import Drawing, Picture
 from sdfleet.engine.components import Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.families.base import Blend, NetworkRows, Source, Start
@@ -27,7 +27,6 @@ from sdfleet.errors import UnsupportedByModel
 _REFERENCE_TIME = 10
 # Larger references are shrunk to this area, as Flux2KleinPipeline does.
 _REFERENCE_AREA_PX = 1024 * 1024
-_DEFAULT_STRENGTH = ImageRequest.__dataclass_fields__["strength"].default
 
 
 class Flux2Klein(QwenFamily):
@@ -68,7 +67,7 @@ class Flux2Klein(QwenFamily):
             said += ("the negative prompt has no effect: this checkpoint is distilled and has its guidance built in",)
         if self.is_distilled and drawing.guidance > 1:
             said += (f"guidance {drawing.guidance:g} has no effect: this checkpoint is distilled and has its own",)
-        if drawing.task == "img2img" and drawing.strength not in {1.0, _DEFAULT_STRENGTH}:
+        if drawing.task == "img2img" and drawing.strength != 1:
             said += ("strength has no effect: the input picture is a reference to edit, not a start",)
         return said
 
