@@ -79,7 +79,10 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(param)
             by_shape[(len(param), param[0].numel())].append(param)
-        moves = {shape: torch.zeros(len(members), *shape, dtype=torch.bfloat16) for shape, members in by_shape.items()}
+        moves = {
+            shape: torch.zeros(len(members), *shape, dtype=torch.bfloat16, device=members[0].device)
+            for shape, members in by_shape.items()
+        }
         for shape in self._own_shapes(list(by_shape), [len(members) for members in by_shape.values()]):
             ahead = [self._ahead(param, group["momentum"]).reshape(shape) for param in by_shape[shape]]
             moves[shape] = orthogonalise(torch.stack(ahead), n_iterations=self.n_iterations).contiguous()
