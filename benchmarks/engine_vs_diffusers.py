@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--executor", default="torch", choices=("torch", "openvino"))
     arguments = parser.parse_args()
     width_px, height_px = (int(side) for side in arguments.size.split("x"))
     base = Drawing(
@@ -158,7 +159,7 @@ def main() -> None:
         negative_prompt="", width_px=width_px, height_px=height_px, steps=20, guidance=4.0, seed=0, n_images=1,
         sampler="ddim",
     )  # fmt: skip
-    plain, ours = Plain(arguments.model), Ours(EngineOptions(dtype=arguments.dtype))
+    plain, ours = Plain(arguments.model), Ours(EngineOptions(dtype=arguments.dtype, executor=arguments.executor))
     results = {
         "alone": compare(plain, ours, [base], n_rounds=arguments.rounds * 3),
         "mixed": compare(plain, ours, mixed_requests(arguments.requests, base), n_rounds=arguments.rounds),

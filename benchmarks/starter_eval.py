@@ -50,7 +50,7 @@ SHEET_PROMPTS = (
     "a yellow circle inside a blue square", "a black cross below a pink triangle on a white background",
     "a white heart inside a red circle on a gray background", "a brown square and a green ring on yellow",
     "two blue hearts on a pink background", "three orange stars on a blue background",
-    "four red diamonds on a white background", "three purple rings on a green background",
+    "four red diamonds on a white background", "a snowman with a red scarf",
     "a black star on a gradient from yellow to red", "a white circle on a striped red and blue background",
     "a red house with a blue roof", "a yellow house with a brown roof at night", "a tree at sunset",
     "the sun over a meadow", "the moon and stars", "snowy mountains at sunset",

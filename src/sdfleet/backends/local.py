@@ -340,7 +340,8 @@ class LocalBackend:
         ending = process.ending()
         sent = [job for job in self._jobs.values() if job.is_sent]
         facts = {"backend": self._name, "pid": process.pid, "ending": ending, "n_jobs": len(sent)}
-        log.error("engine process ended", extra={**facts, "stderr": "\n".join(process.last_lines)})
+        level = logging.INFO if isinstance(process.fault, BadRequest) else logging.ERROR
+        log.log(level, "engine process ended", extra={**facts, "stderr": "\n".join(process.last_lines)})
         if not process.is_ready:
             self._bury_unborn(process, ending, is_late=is_late)
         for job in sent:

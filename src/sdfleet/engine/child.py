@@ -26,7 +26,7 @@ from typing import Protocol, Self, assert_never, cast
 from sdfleet.domain import Drawing, JobId
 from sdfleet.engine import wire
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed
-from sdfleet.errors import EngineFailed, SdfleetError
+from sdfleet.errors import BadRequest, EngineFailed, SdfleetError
 from sdfleet.observe import start_logging
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine = _load_engine(chosen.engine, chosen.options)
             _serve(engine, inbox, outbox)
         except Exception as exc:
-            log.exception("the engine's process cannot go on")
+            # What somebody asked for and cannot have (a device that is not here) is no fault to be traced.
+            log.log(
+                logging.INFO if isinstance(exc, BadRequest) else logging.ERROR,
+                "the engine's process cannot go on",
+                exc_info=not isinstance(exc, SdfleetError),
+            )
             outbox.put(wire.Fault(error=_as_sdfleet_error(exc)))
             return EXIT_FAULT
         finally:
