@@ -23,7 +23,7 @@ def catalog(tmp_path: Path) -> Catalog:
 
 def test_the_packaged_card_is_valid_and_can_be_drawn_with() -> None:
     card = packaged()[0].card
-    assert (card.name, card.width_px, card.height_px, card.steps, card.guidance) == ("starter", 128, 128, 20, 4.0)
+    assert (card.name, card.width_px, card.height_px, card.steps, card.guidance) == ("starter", 128, 128, 20, 3.0)
     assert card.resizes
 
 
