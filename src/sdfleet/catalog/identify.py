@@ -208,7 +208,7 @@ def _check_is_folder(path: Path) -> None:
         if path.suffix.lower() == ".safetensors":
             read_header(path)
             raise UnsupportedByModel(
-                f"{path} is a single file, and only folders in the diffusers layout are read for now",
+                f"{path} is a single file, and only folders in the diffusers layout are read",
                 hint="convert it with diffusers' from_single_file() and save_pretrained(), then import that folder",
             )
         raise UnsupportedByModel(f"{path} is not a checkpoint", hint="give a folder in the diffusers layout")
@@ -225,7 +225,7 @@ def _check_is_folder(path: Path) -> None:
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if any(name.endswith(".safetensors") for name in names):
         raise UnsupportedByModel(
-            f"{path} holds single-file weights and no model_index.json; only the diffusers layout is read for now",
+            f"{path} holds single-file weights and no model_index.json; only the diffusers layout is read",
             hint="convert it with diffusers' from_single_file() and save_pretrained(), then import that folder",
         )
     if pickles:

@@ -6,7 +6,6 @@ are read; nothing here opens a pickle.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,11 +25,12 @@ from diffusers import (
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
+from sdfleet.catalog.headers import read_header, read_json
 from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
 from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
 from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
-from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
+from sdfleet.errors import BrokenCheckpoint, UnsupportedByModel
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Components:
     def __init__(self, folder: Path, device: Device) -> None:
         self._folder = folder
         self._device = device
-        self._index = _read_json(folder / "model_index.json")
+        self._index = read_json(folder / "model_index.json")
         self._here: dict[ComponentName, Any] = {}
         # On a card, put-away modules wait in host memory; on a CPU there is nowhere to move them, so they are dropped.
         self._aside: dict[ComponentName, Any] = {}
@@ -99,7 +99,7 @@ class Components:
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """A component's settings, read without loading it."""
-        return _read_json(self._folder / name / file)
+        return read_json(self._folder / name / file)
 
     def use(self, name: ComponentName) -> Any:
         """The component, loaded and on the device. Raises BrokenCheckpoint when its files are not usable."""
@@ -159,10 +159,7 @@ class Components:
         return n_bytes + sum(m.resident_bytes for m in self._here.values() if isinstance(m, OpenVinoDenoiser))
 
     def _loaded_bytes(self, name: ComponentName, dtype: torch.dtype) -> int:
-        n_elements = 0
-        for file in self._weight_files(name):
-            for entry in _safetensors_header(file).values():
-                n_elements += _product(entry["shape"])
+        n_elements = sum(read_header(file).n_parameters for file in self._weight_files(name))
         return n_elements * torch.empty((), dtype=dtype).element_size()
 
     def _weight_files(self, name: ComponentName) -> list[Path]:
@@ -237,32 +234,3 @@ def _variant(file: Path) -> str | None:
     """`fp16` of `model.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`; None for a plain file."""
     parts = file.name.removesuffix(".safetensors").split(".")
     return parts[1].split("-")[0] if len(parts) > 1 else None
-
-
-def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    return dict(header)
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointNotFound(
-            f"there is no {path.name} in {path.parent}", hint="the path must be a diffusers checkpoint folder"
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise BrokenCheckpoint(f"{path} cannot be read: {exc}", hint="copy or download the folder again") from exc
-    if not isinstance(content, dict):
-        raise BrokenCheckpoint(f"{path} is not a JSON object", hint="copy or download the folder again")
-    return content
