@@ -19,7 +19,14 @@ from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, Pict
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
 from sdfleet.engine.families.sd import StableDiffusion
 from sdfleet.engine.vae import Vae
-from sdfleet.errors import BrokenCheckpoint, InvalidValue, JobCancelled, OutOfMemory, UnsupportedByModel
+from sdfleet.errors import (
+    BrokenCheckpoint,
+    CheckpointNotFound,
+    InvalidValue,
+    JobCancelled,
+    OutOfMemory,
+    UnsupportedByModel,
+)
 from sdfleet.starter import weights_path
 from tests.engine.drawing import FLOAT32, drawing, most_levels_apart, ours, photo, pictures, run, square_mask
 
@@ -422,3 +429,9 @@ def test_weights_that_cannot_be_read_fail_their_job_and_no_other(
 
     assert isinstance(failure(events, "broken").error, BrokenCheckpoint)
     assert done(events, "whole").tokens
+
+
+def test_a_checkpoint_that_has_gone_is_said_to_be_gone(engine: Engine, tmp_path: Path) -> None:
+    engine.submit(drawing("sd15", tmp_path / "gone"))
+
+    assert isinstance(failure(run(engine), "job").error, CheckpointNotFound)

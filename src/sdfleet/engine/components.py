@@ -30,7 +30,7 @@ from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
 from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
 from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
-from sdfleet.errors import BrokenCheckpoint, UnsupportedByModel
+from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,10 @@ class Components:
     def __init__(self, folder: Path, device: Device) -> None:
         self._folder = folder
         self._device = device
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointNotFound(
+                f"there is no model_index.json in {folder}", hint="the path must be a diffusers checkpoint folder"
+            )
         self._index = read_json(folder / "model_index.json")
         self._here: dict[ComponentName, Any] = {}
         # On a card, put-away modules wait in host memory; on a CPU there is nowhere to move them, so they are dropped.
