@@ -225,6 +225,8 @@ signal.pause()
 
     async def story(local: LocalBackend) -> None:
         await local.start()
+        await local.close()
+        assert (local.pid, local.capabilities().state) == (None, "closed")
 
     tell(story, backend)
 
@@ -234,7 +236,8 @@ def test_a_child_that_only_knows_the_end_of_stdin_is_closed_in_peace() -> None:
 
     async def story(backend: LocalBackend) -> None:
         await backend.start()
-        await backend.close()
+        await backend.close()  # within the test's own deadline, so not by waiting out the one below
+        assert (backend.pid, backend.capabilities().state) == (None, "closed")
 
     tell(story, LocalBackend(EngineOptions(), command=program(code), env=child_environment(), close_deadline_s=1000))
 

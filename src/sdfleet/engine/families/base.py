@@ -24,7 +24,7 @@ from sdfleet.engine.noise_schedule import NoiseSchedule
 from sdfleet.engine.pixels import to_mask, to_unit_range
 from sdfleet.engine.prompt import Prompt, parse_prompt
 from sdfleet.engine.prompt_cache import PromptCache, PromptKey
-from sdfleet.engine.text_encoders import ClipEncoder, T5Encoder
+from sdfleet.engine.text_encoders import ClipEncoder, ClipLayer, T5Encoder
 from sdfleet.engine.vae import Posterior, PreviewMap, Vae
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
@@ -231,6 +231,15 @@ class LatentFamily:
     def encode(self, drawing: Drawing) -> PromptPair:
         """Conditioning for the prompt, and for the negative prompt where guidance is above 1."""
         raise UnsupportedByModel(f"{self.name} does not encode prompts")
+
+    def clip(self, name: str, *, layer: ClipLayer, is_second: bool = False) -> ClipEncoder:
+        """One of the checkpoint's CLIP text encoders, on the device. `name` is what token counts call it."""
+        return ClipEncoder(
+            name=name,
+            tokenizer=self.components.use("tokenizer_2" if is_second else "tokenizer"),
+            module=self.components.use("text_encoder_2" if is_second else "text_encoder"),
+            layer=layer,
+        )
 
     def paired(
         self,

@@ -80,12 +80,7 @@ class Flux(LatentFamily):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """T5's states, and CLIP-L's vector of the first window."""
-        clip = ClipEncoder(
-            name="clip_l",
-            tokenizer=self.components.use("tokenizer"),
-            module=self.components.use("text_encoder"),
-            layer="last",
-        )
+        clip = self.clip("clip_l", layer="last")
         t5 = T5Encoder(
             name="t5",
             tokenizer=self.components.use("tokenizer_2"),

@@ -9,7 +9,6 @@ from sdfleet.domain import Drawing
 from sdfleet.engine.conditioning import Conditioning, Room, sd_conditioning
 from sdfleet.engine.families.base import LatentFamily, NetworkRows, PromptPair
 from sdfleet.engine.prompt import Prompt
-from sdfleet.engine.text_encoders import ClipEncoder
 
 
 class StableDiffusion(LatentFamily):
@@ -20,12 +19,7 @@ class StableDiffusion(LatentFamily):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """Token states of CLIP's last layer."""
-        clip = ClipEncoder(
-            name="clip",
-            tokenizer=self.components.use("tokenizer"),
-            module=self.components.use("text_encoder"),
-            layer="last",
-        )
+        clip = self.clip("clip", layer="last")
 
         def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:  # noqa: ARG001 - both prompts are read alike
             return sd_conditioning(prompt, clip=clip, room=room)

@@ -13,7 +13,7 @@ from sdfleet.engine.components import ComponentName
 from sdfleet.engine.conditioning import Conditioning, Room, sd3_conditioning
 from sdfleet.engine.families.base import LatentFamily, NetworkRows, PromptPair
 from sdfleet.engine.prompt import Prompt
-from sdfleet.engine.text_encoders import ClipEncoder, T5Encoder
+from sdfleet.engine.text_encoders import T5Encoder
 
 
 class StableDiffusion3(LatentFamily):
@@ -34,18 +34,8 @@ class StableDiffusion3(LatentFamily):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """CLIP states over T5 states, and both CLIPs' projected vectors."""
-        clip_l = ClipEncoder(
-            name="clip_l",
-            tokenizer=self.components.use("tokenizer"),
-            module=self.components.use("text_encoder"),
-            layer="penultimate",
-        )
-        clip_g = ClipEncoder(
-            name="clip_g",
-            tokenizer=self.components.use("tokenizer_2"),
-            module=self.components.use("text_encoder_2"),
-            layer="penultimate",
-        )
+        clip_l = self.clip("clip_l", layer="penultimate")
+        clip_g = self.clip("clip_g", layer="penultimate", is_second=True)
         t5 = None
         if "text_encoder_3" in self.text_encoders(drawing):
             t5 = T5Encoder(

@@ -45,21 +45,11 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """Both encoders' last-but-one layers side by side, and CLIP-G's projected vector."""
-        clip_g = ClipEncoder(
-            name="clip_g",
-            tokenizer=self.components.use("tokenizer_2"),
-            module=self.components.use("text_encoder_2"),
-            layer="penultimate",
-        )
+        clip_g = self.clip("clip_g", layer="penultimate", is_second=True)
         zero_when_empty = self.components.flag("force_zeros_for_empty_prompt", default=True)
         if self._is_refiner:
             return self._encode_refiner(drawing, clip_g=clip_g, zero_when_empty=zero_when_empty)
-        clip_l = ClipEncoder(
-            name="clip_l",
-            tokenizer=self.components.use("tokenizer"),
-            module=self.components.use("text_encoder"),
-            layer="penultimate",
-        )
+        clip_l = self.clip("clip_l", layer="penultimate")
 
         def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:
             is_zero = is_negative and zero_when_empty
