@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderTiny,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 from sdfleet.catalog.headers import read_header, read_json
+from sdfleet.engine import random_weights
 from sdfleet.engine.devices import Device
 from sdfleet.engine.memory import Weights
+from sdfleet.engine.networks.autoencoder import with_present_names
+from sdfleet.engine.networks.choice import own_network
+from sdfleet.engine.networks.tokenizer import ClipTokenizer
 from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
+from sdfleet.engine.prepacked import arrange
 from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
+from sdfleet.engine.weight_files import fill, read_weights
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
 
 log = logging.getLogger(__name__)
@@ -42,16 +37,19 @@ ComponentName = Literal[
 TEXT_ENCODERS: tuple[ComponentName, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS: tuple[ComponentName, ...] = ("unet", "transformer")
 
-_DIFFUSERS_CLASSES: dict[str, Any] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "SD3Transformer2DModel": SD3Transformer2DModel,
-    "FluxTransformer2DModel": FluxTransformer2DModel,
-    "Flux2Transformer2DModel": Flux2Transformer2DModel,
-    "ZImageTransformer2DModel": ZImageTransformer2DModel,
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderKLFlux2": AutoencoderKLFlux2,
-    "AutoencoderTiny": AutoencoderTiny,
-}
+_DIFFUSERS_CLASSES = frozenset(
+    (
+        "UNet2DConditionModel",
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "ZImageTransformer2DModel",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderTiny",
+    )
+)
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
 class Components:
@@ -187,35 +185,57 @@ class Components:
             ) from exc
 
     def _loader(self, name: ComponentName, class_name: str) -> Callable[[], Any]:
-        folder = self._folder / name
+        folder, dtype, kind = self._folder / name, self._device.dtype, self._device.kind
         if class_name in {"CLIPTokenizer", "CLIPTokenizerFast"}:
-            return lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return lambda: ClipTokenizer.read(folder) or _transformers_tokenizer("CLIPTokenizer", folder)
         if class_name in {"T5Tokenizer", "T5TokenizerFast"}:
-            return lambda: T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            return lambda: _transformers_tokenizer("T5TokenizerFast", folder)
         if class_name in {"CLIPTextModel", "CLIPTextModelWithProjection"}:
             projected = class_name == "CLIPTextModelWithProjection"
-            return lambda: load_clip_text_encoder(folder, dtype=self._device.dtype, with_projection=projected).to(
-                self._device.torch_device
-            )
+            return lambda: load_clip_text_encoder(folder, dtype=dtype, with_projection=projected, device=kind)
         if class_name == "T5EncoderModel":
-            return lambda: load_t5_encoder(folder, dtype=self._device.dtype).to(self._device.torch_device)
+            return lambda: load_t5_encoder(folder, dtype=dtype, device=kind)
         if class_name in {"Qwen2Tokenizer", "Qwen2TokenizerFast"}:
-            return lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+            return lambda: _transformers_tokenizer("Qwen2Tokenizer", folder)
         if class_name in {"Qwen3Model", "Qwen3ForCausalLM"}:
-            return lambda: load_qwen3(folder, dtype=self._device.dtype).to(self._device.torch_device)
+            return lambda: load_qwen3(folder, dtype=dtype, device=kind)
         if class_name in _DIFFUSERS_CLASSES:
-            return lambda: self._load_diffusers(name, _DIFFUSERS_CLASSES[class_name])
+            ours = own_network(class_name, self.config(name))
+            if ours is None:
+                return lambda: self._load_diffusers(name, class_name)
+            return lambda: self._load_own(name, ours)
         raise UnsupportedByModel(
             f"the {name} of {self._folder} is a {class_name}, which is not served",
             hint=f"served are: {', '.join(sorted(_DIFFUSERS_CLASSES))} with CLIP, T5 and Qwen3 text encoders",
         )
 
-    def _load_diffusers(self, name: ComponentName, cls: Any) -> Any:
+    def _load_own(self, name: ComponentName, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        folder = self._folder / name
+        dtype = self._device.vae_dtype if name == "vae" else self._device.dtype
+        weights = read_weights(folder, dtype=dtype, device=self._device.kind, stem=_DIFFUSERS_STEM)
+        if name == "vae":
+            weights = with_present_names(weights)
+        module = build()
+        # Leftovers of training lie in some files, and diffusers passes over them too; what is missing is an error.
+        if unknown := sorted(weights.keys() - module.state_dict().keys()):
+            log.warning("weights of no use to the network", extra={"folder": str(folder), "names": unknown[:3]})
+        fill(module, {key: tensor for key, tensor in weights.items() if key not in unknown}, folder=folder)
+        return arrange(module.eval().requires_grad_(requires_grad=False))
+
+    def _load_diffusers(self, name: ComponentName, class_name: str) -> Any:
+        import diffusers
+
+        cls = getattr(diffusers, class_name)
         folder = self._folder / name
         files = self._weight_files(name)
         if not files:
             raise BrokenCheckpoint(f"{folder} holds no safetensors file", hint="copy or download the folder again")
         dtype = self._device.vae_dtype if name in {"vae", "tiny_vae"} else self._device.dtype
+        if self._device.kind == "meta" or random_weights.is_random(files[0]):
+            drawn = random_weights.module_of(
+                cls, self.config(name), files, dtype=dtype, device=self._device.torch_device
+            )
+            return drawn.eval().requires_grad_(requires_grad=False)
         module, found = cls.from_pretrained(
             str(folder),
             torch_dtype=dtype,
@@ -232,6 +252,12 @@ class Components:
                 f"{folder} lacks weights that its config asks for: {shown}", hint="copy or download the folder again"
             )
         return module.eval().requires_grad_(requires_grad=False).to(self._device.torch_device)
+
+
+def _transformers_tokenizer(class_name: str, folder: Path) -> Any:
+    import transformers
+
+    return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
 
 
 def _variant(file: Path) -> str | None:

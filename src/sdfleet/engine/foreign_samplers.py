@@ -67,6 +67,11 @@ class ForeignSampler:
         scale = float(self._scheduler.init_noise_sigma)
         self.start_scale = scale * self.evaluations[0].alpha if self._keeps_ratio_space else scale
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the class may add noise on the way."""
+        return self._takes_generator or hasattr(self._scheduler, "noise_sampler_seed")
+
     def advance(self, latents: Tensor, denoised: Tensor, generator: Generator) -> Tensor:
         """The latents after the next evaluation; noise, where the class wants some, comes from `generator`."""
         here = self.evaluations[self._position]

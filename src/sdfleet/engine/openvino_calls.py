@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
+
+from sdfleet.engine.networks.embeddings import Timesteps
 
 _N_TOKENS = 77
 

@@ -1,4 +1,4 @@
-"""Prompts into the states that CLIP and T5 make of them, through transformers' own modules.
+"""Prompts into the states that CLIP and T5 make of them, through our own CLIP or transformers' modules.
 
 A prompt that fits one window and has no weights gives, bit for bit, what diffusers' pipelines compute. A longer one
 is read in as many windows as it takes (CLIP) or with more room (T5): nothing is ever cut.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
 
 from sdfleet.domain import TokenCount
+from sdfleet.engine.networks.tokenizer import ClipTokenizer
 from sdfleet.engine.prompt import Chunk, Prompt, split_into_chunks, weights_by_character
 from sdfleet.errors import InvalidValue
 
@@ -33,6 +35,7 @@ T5_MAX_LENGTH = 2048
 class ClipEncoder:
     """A CLIP text encoder and its tokenizer. `name` is what TokenCount calls it, like "clip_l".
 
+    tokenizer: a ClipTokenizer, or transformers'.
     module: CLIPTextModel or CLIPTextModelWithProjection, see text_weights.load_clip_text_encoder.
     layer: which of its states the checkpoint's denoiser was trained on.
     """
@@ -61,12 +64,7 @@ class T5Encoder:
 
 def clip_chunks(tokenizer: Any, prompt: Prompt, *, window: int) -> tuple[Chunk, ...]:
     """The prompt in windows of `window` tokens, see prompt.split_into_chunks."""
-
-    def tokenize(text: str) -> list[int]:
-        # verbose=False: transformers would log that the text is too long for one window, which is dealt with here.
-        ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return ids
-
+    tokenize = partial(_plain_ids, tokenizer)
     comma = tokenize(",")
     return split_into_chunks(prompt, tokenize, window=window, comma_id=comma[0] if len(comma) == 1 else None)
 
@@ -111,14 +109,14 @@ def encode_clip_pooled(clip: ClipEncoder, prompt: Prompt) -> tuple[Tensor, Token
     """
     _refuse_float16_on_cpu(clip.module)
     window = clip.length - 2
-    ids = _plain_ids(clip.tokenizer, prompt)[:window]
+    ids = _plain_ids(clip.tokenizer, prompt.text)[:window]
     _, pooled = _encode_window(clip, Chunk(ids=tuple(ids), weights=(1.0,) * len(ids)), window=window)
     return pooled, TokenCount(encoder=clip.name, n_tokens=len(ids), window=window, n_chunks=1)
 
 
 def n_clip_tokens(clip: ClipEncoder, prompt: Prompt) -> int:
     """Tokens of the whole prompt, without begin and end mark."""
-    return len(_plain_ids(clip.tokenizer, prompt))
+    return len(_plain_ids(clip.tokenizer, prompt.text))
 
 
 def t5_length(tokenizer: Any, prompt: Prompt, *, min_length: int = T5_MIN_LENGTH) -> int:
@@ -174,12 +172,17 @@ def _encode_window(clip: ClipEncoder, chunk: Chunk, *, window: int) -> tuple[Ten
             states = out.hidden_states[-2][0]
         case _:
             assert_never(clip.layer)
-    pooled: Tensor = out.text_embeds[0] if "text_embeds" in out else out.pooler_output[0]
+    projected = getattr(out, "text_embeds", None)
+    pooled: Tensor = out.pooler_output[0] if projected is None else projected[0]
     return _weighted(states, [1.0, *chunk.weights, *[1.0] * (n_pads + 1)]), pooled
 
 
-def _plain_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    ids: list[int] = tokenizer(prompt.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without begin and end mark, however many."""
+    if isinstance(tokenizer, ClipTokenizer):
+        return tokenizer.ids(text)
+    # verbose=False: transformers would log that the text is too long for one window, which is dealt with here.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return ids
 
 
@@ -191,7 +194,7 @@ def _t5_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[float]]:
     """
     text, weight_at = weights_by_character(prompt)
     if not prompt.is_weighted:
-        ids = _plain_ids(tokenizer, prompt)
+        ids = _plain_ids(tokenizer, prompt.text)
         return ids, [1.0] * len(ids)
     read = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
     return list(read.input_ids), [weight_at[start] if start < end else 1.0 for start, end in read.offset_mapping]
