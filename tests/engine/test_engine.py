@@ -309,12 +309,12 @@ def test_a_checkpoint_that_cannot_fit_is_refused_with_the_numbers_before_it_is_l
 def test_a_vae_that_overflows_in_half_precision_is_run_in_float32(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import AutoencoderKL
+    from sdfleet.engine.networks.autoencoder import AutoencoderKL
 
     real = AutoencoderKL.decode
 
-    def decode(self: AutoencoderKL, z: Tensor, *args: object, **kwargs: object) -> object:
-        out = real(self, z, *args, **kwargs)
+    def decode(self: AutoencoderKL, z: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
+        out = real(self, z, return_dict=return_dict)
         return (out[0] * float("nan"),) if z.dtype != torch.float32 else out
 
     monkeypatch.setattr(AutoencoderKL, "decode", decode)

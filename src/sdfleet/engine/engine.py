@@ -34,6 +34,7 @@ from sdfleet.engine.pixels import fitted, resized, to_picture
 from sdfleet.engine.residency import DeviceResidency, Loaded
 from sdfleet.engine.samplers import make_sampler
 from sdfleet.engine.step_batch import StepBatch, shares_step
+from sdfleet.engine.step_cache import Forecast, left_out
 from sdfleet.engine.trajectory import Trajectory, first_latents
 from sdfleet.errors import EngineFailed, JobCancelled, OutOfMemory, SdfleetError
 
@@ -83,6 +84,7 @@ class Engine:
             "checkpoints": list(self._residency.checkpoints),
             "resident_bytes": self._residency.resident_bytes(),
             "executors": self._residency.executors.facts(),
+            "compiled": self._residency.compiling.facts(),
         }
 
     @property
@@ -160,7 +162,8 @@ class Engine:
             source = family.source(drawing)
             self._residency.enter(loaded, "denoise")
         job.tokens = prompts.tokens
-        job.warnings += [warning for warning in prompts.warnings if warning not in job.warnings]
+        warnings = (*prompts.warnings, *self._residency.executors.told(drawing.checkpoint)[1])
+        job.warnings += [warning for warning in warnings if warning not in job.warnings]
         from_noise = drawing.task == "txt2img" or (drawing.task == "inpaint" and drawing.strength == 1)
         for index in range(drawing.n_images):
             seed = (drawing.seed + index) % _SEEDS
@@ -173,6 +176,7 @@ class Engine:
                 n_latent_tokens=family.n_latent_tokens(drawing),
             )
             start = family.start(drawing, source, generator)
+            guessed = left_out(drawing.step_cache, len(sampler.evaluations))
             self._n_made += 1
             trajectory = Trajectory(
                 id=self._n_made,
@@ -186,8 +190,11 @@ class Engine:
                 latents=first_latents(sampler, start, from_noise=from_noise),
                 blend=start.blend,
                 extra=start.extra,
+                forecast=Forecast(left_out=guessed, draws_noise=sampler.draws_noise) if guessed else None,
             )
-            job.n_evaluations += trajectory.n_evaluations
+            job.n_evaluations += trajectory.n_calls
+            if drawing.step_cache != "off" and not index:
+                job.warnings += _told_of_step_cache(drawing, trajectory, already=job.warnings)
             key = shares_step(family, trajectory, checkpoint=drawing.checkpoint)
             if drawing.reproducible:
                 key = (*key, drawing.job_id, index)
@@ -206,6 +213,7 @@ class Engine:
         begun_s = time.perf_counter()
         try:
             self._residency.enter(loaded, "denoise")
+            self._residency.compiling.begin_step(loaded.family.components)
             self._clock.begin()
             with out_of_memory_as_ours():
                 batch.step()
@@ -230,14 +238,16 @@ class Engine:
             key = self._keys[trajectory.id]
             loaded = self._loaded_of(trajectory)
             caps[key] = self._residency.row_cap(loaded, job.drawing, key)
-            due = job.arrived_turn + trajectory.image_index * trajectory.n_evaluations
+            due = job.arrived_turn + trajectory.image_index * trajectory.n_calls
             candidates.append(Candidate(id=trajectory.id, key=key, n_rows=trajectory.n_rows, due=due))
         decision = self._batcher.choose(candidates, caps)
         if self._batch is None or self._batch.ids != decision.ids:
             chosen = [self._live[chosen_id] for chosen_id in decision.ids]
             drawing = self._jobs[chosen[0].job_id].drawing
             family = self._loaded_of(chosen[0]).family
-            self._batch = StepBatch(family, chosen, size_px=(drawing.height_px, drawing.width_px))
+            fills_up = self._residency.compiling.fills_up(family.components)
+            size_px = (drawing.height_px, drawing.width_px)
+            self._batch = StepBatch(family, chosen, size_px=size_px, fills_up=fills_up)
             log.debug("batch", extra={"pictures": len(chosen), "rows": decision.n_rows, "reason": decision.reason})
         return self._batch
 
@@ -359,7 +369,7 @@ class Engine:
                 warnings=tuple(job.warnings),
                 rungs=tuple(job.rungs),
                 device=self._device.kind,
-                dtype=self._device.dtype_name,
+                dtype=self._residency.executors.told(job.drawing.checkpoint)[0] or self._device.dtype_name,
             )
         )
 
@@ -461,6 +471,17 @@ class Engine:
 
     def _loaded_of(self, trajectory: Trajectory) -> Loaded:
         return self._residency.get(self._jobs[trajectory.job_id].drawing.checkpoint)
+
+
+def _told_of_step_cache(drawing: Drawing, trajectory: Trajectory, *, already: Sequence[str]) -> list[str]:
+    n_left_out = trajectory.n_evaluations - trajectory.n_calls
+    effect = (
+        f"{n_left_out} of {trajectory.n_evaluations} network calls were guessed: the picture differs from the full one"
+    )
+    if not n_left_out:
+        effect = f"{trajectory.n_evaluations} network calls are too few to leave any out"
+    told = f"step_cache {drawing.step_cache!r}: {effect}"
+    return [] if told in already else [told]
 
 
 def _as_ours(exc: Exception, job: Job) -> EngineFailed:

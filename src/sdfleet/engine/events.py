@@ -12,7 +12,8 @@ from sdfleet.errors import SdfleetError
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 MemoryMode = Literal["auto", "fast", "eco"]
-ExecutorChoice = Literal["auto", "torch", "openvino"]
+CompileChoice = Literal["auto", "off", "on"]
+ExecutorChoice = Literal["auto", "torch", "openvino", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class EngineOptions:
     memory_limit_bytes: most bytes for weights and activations together; None asks the device.
     n_threads: CPU threads for torch; None takes every core this process may use.
     executor: what runs the denoiser on a CPU; auto tries both when there is nothing to draw, and needs a cache_folder.
+        int8 tries 8-bit weights and activations too: faster on large networks, and changes the pictures.
+    compile: torch.compile of the denoiser's blocks; auto: on a card, after the first pictures. Unmeasured there.
     cache_folder: for what was converted; None keeps nothing on disk.
     """
 
@@ -33,6 +36,7 @@ class EngineOptions:
     memory_limit_bytes: int | None = None
     n_threads: int | None = None
     executor: ExecutorChoice = "auto"
+    compile: CompileChoice = "auto"
     cache_folder: str | None = None
 
 

@@ -6,6 +6,9 @@
     4. the faster one stays, the other leaves the memory; the times are kept beside the conversion, and after the next
        start OpenVINO takes over in the first pause without a trial
 
+Asked for int8, the trial has a third candidate: the converted model in 8 bits, with ranges from calls noted before. It
+changes pictures, so it must also stay near torch's answers, and every job is told whether it was used, and why not.
+
 The choice is one per checkpoint, not per number of rows: keeping two copies of the weights for the last few per cent is
 not worth their memory. It changes only when nothing is being drawn, so all pictures of a job come from one executor.
 """
@@ -17,7 +20,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +33,9 @@ from sdfleet.engine.devices import Device
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.openvino_cache import Conversion, ConversionFailed, ModelCache, Trial
 from sdfleet.engine.openvino_calls import NetworkCall, call_of
-from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
+from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser, inputs_of
+from sdfleet.engine.openvino_int8 import MODEL_FILE as INT8_FILE
+from sdfleet.engine.openvino_int8 import ranges, save_rounded
 from sdfleet.errors import InvalidValue
 
 log = logging.getLogger(__name__)
@@ -45,10 +50,16 @@ _MUST_WIN_BY = 1.05
 # Largest distance of the answers, rms over rms. Measured on the built-in model and the toys of three families, at seven
 # shapes each: float32 below 2e-6; bfloat16 up to 0.026, where torch's own distance from float32 is up to 0.032.
 _MOST_APART = {torch.float32: 1e-4, torch.bfloat16: 0.04}
+# 8 bits: the built-in model's pictures were 42 dB from the full ones when its worst call was 0.06 off (docs/modes.md).
+_INT8_MOST_APART = 0.1
+# Calls kept to learn the ranges from and to compare with: when there are more, every second one goes.
+_MOST_NOTED = 24
+_MOST_NOTED_ROWS = 8
 # The converting process held 2.3 times the float32 weights for SD 1.5.
 _CONVERTING_TAKES = 3
 
-Choice = Literal["torch", "openvino"]
+Choice = Literal["torch", "openvino", "int8"]
+NotedCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -66,7 +77,10 @@ class _Denoiser:
     conversion: Conversion | None = None
     trying: Iterator[None] | None = None
     watched: weakref.ref[Any] | None = None
-    last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    last_call: NotedCall | None = None
+    noted: list[NotedCall] = field(default_factory=list)
+    note_every: int = 1
+    n_calls: int = 0
     unwatch: list[Any] = field(default_factory=list)
 
 
@@ -76,11 +90,14 @@ class Executors:
     def __init__(self, device: Device, options: EngineOptions) -> None:
         self._device = device
         self._is_forced = options.executor == "openvino"
+        self._wants_int8 = options.executor == "int8"
         self._most_rows = options.max_rows or TRIED_ROWS[-1]
-        if self._is_forced:
+        if self._is_forced or self._wants_int8:
             _refuse_where_it_cannot_be(device)
         # Without a folder a conversion would be lost with the process that made it: then only when it is asked for.
-        wanted = self._is_forced or (options.executor == "auto" and options.cache_folder is not None)
+        wanted = (
+            self._is_forced or self._wants_int8 or (options.executor == "auto" and options.cache_folder is not None)
+        )
         self._is_on = wanted and _can_be(device)
         self._cache = ModelCache(Path(options.cache_folder) if options.cache_folder is not None else None)
         self._known: dict[str, _Denoiser] = {}
@@ -102,12 +119,15 @@ class Executors:
                 self._settle(denoiser, "openvino", "as asked")
             elif self._cache.find(key) is not None:
                 trial = self._cache.trial(key, dtype=self._device.dtype_name, n_threads=torch.get_num_threads())
-                if trial is not None and _gain(trial) < _MUST_WIN_BY:
+                if trial is not None and self._wants_int8 and trial.int8_apart is None:
+                    trial = None
+                if trial is not None and self._chosen(trial) != "openvino":
+                    # 8 bits are what was asked for: used from the first picture on, whatever compiling takes.
                     self._decide(denoiser, trial)
                 elif trial is not None:
                     # Compiling takes a second, which is more than it saves a first picture: taken in the first pause.
                     denoiser.trial = trial
-        if denoiser.choice == "openvino":
+        if denoiser.choice != "torch":
             components.serve(name, lambda: self._opened(denoiser))
 
     def watch(self, components: Components) -> None:
@@ -121,6 +141,8 @@ class Executors:
 
         def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             denoiser.last_call = (args, kwargs)
+            if self._wants_int8:
+                _keep(denoiser, denoiser.last_call)
 
         denoiser.watched = weakref.ref(module)
         denoiser.unwatch = [module.register_forward_pre_hook(note, with_kwargs=True)]
@@ -154,13 +176,25 @@ class Executors:
                 denoiser.conversion = self._cache.convert(folder, denoiser.name, denoiser.key, in_background=True)
         except (ConversionFailed, RuntimeError, OSError) as exc:  # RuntimeError: what OpenVINO and torch raise
             self._give_up(denoiser, exc)
-        return checkpoint if denoiser.is_settled and denoiser.choice == "openvino" else None
+        return checkpoint if denoiser.is_settled and denoiser.choice != "torch" else None
+
+    def told(self, checkpoint: str) -> tuple[str | None, tuple[str, ...]]:
+        """The format the denoiser computes in where it is not the device's own, and what a job should be warned of."""
+        denoiser = self._known.get(checkpoint)
+        if not self._wants_int8:
+            return None, ()
+        if denoiser is None:
+            return None, ("int8 is not used: only Stable Diffusion's UNets and SD3's transformer can be converted",)
+        if denoiser.choice == "int8":
+            return "int8", ("drawn in int8: the picture differs from that of the full format",)
+        return None, (f"int8 is not used: {denoiser.why}",)
 
     def let_go(self, checkpoint: str) -> None:
         """The checkpoint leaves the memory: a trial will begin anew; what is decided or converting stays."""
         denoiser = self._known.get(checkpoint)
         if denoiser is not None:
             denoiser.trying = denoiser.watched = denoiser.last_call = None
+            denoiser.noted, denoiser.n_calls, denoiser.note_every = [], 0, 1
 
     def forget(self, checkpoint: str) -> None:
         """Know nothing of a checkpoint any more."""
@@ -172,11 +206,18 @@ class Executors:
         """By checkpoint: the executor, why it, and what was measured, as JSON values."""
         told: dict[str, object] = {}
         for checkpoint, denoiser in self._known.items():
-            facts: dict[str, object] = {"executor": denoiser.choice, "why": denoiser.why}
+            facts: dict[str, object] = {
+                "executor": denoiser.choice,
+                "why": denoiser.why,
+                "is_settled": denoiser.is_settled,
+            }
             if denoiser.trial is not None:
                 facts["torch_ms_by_rows"] = _ms(denoiser.trial.torch_s)
                 facts["openvino_ms_by_rows"] = _ms(denoiser.trial.openvino_s)
                 facts["answers_apart"] = float(f"{denoiser.trial.apart:.2g}")
+                if denoiser.trial.int8_apart is not None:
+                    facts["int8_ms_by_rows"] = _ms(denoiser.trial.int8_s)
+                    facts["int8_answers_apart"] = float(f"{denoiser.trial.int8_apart:.2g}")
             told[checkpoint] = facts
         return told
 
@@ -207,13 +248,15 @@ class Executors:
                 conversion = self._cache.convert(folder, denoiser.name, denoiser.key, in_background=False)
                 model_file = conversion.result()
                 self._cache.tidy(denoiser.key)
-            return self._compiled(denoiser, model_file)
+            return self._compiled(denoiser, self._file_of(denoiser.choice, model_file))
         except (ConversionFailed, RuntimeError, OSError) as exc:
             self._give_up(denoiser, exc)
             return denoiser.components.load(denoiser.name)
 
     def _compiled(self, denoiser: _Denoiser, model_file: Path) -> OpenVinoDenoiser:
         size = denoiser.components.weights(text_encoders=()).denoiser
+        if model_file.name == INT8_FILE:
+            size //= self._device.dtype.itemsize
         return OpenVinoDenoiser(model_file, denoiser.call, dtype=self._device.dtype, resident_bytes=size)
 
     def _in_float32(self, denoiser: _Denoiser) -> int:
@@ -228,7 +271,7 @@ class Executors:
         by_torch = denoiser.components.use(denoiser.name)
         by_openvino = self._compiled(denoiser, model_file)
         if denoiser.trial is not None:
-            self._take_over(denoiser, denoiser.trial, by_openvino)
+            self._take_over(denoiser, denoiser.trial, {"openvino": by_openvino})
             return
         yield
         apart = 0.0
@@ -242,38 +285,85 @@ class Executors:
         if not apart <= _MOST_APART.get(self._device.dtype, 0.0):
             self._settle(denoiser, "torch", f"OpenVINO's answers are {apart:.2g} away from torch's")
             return
+        by_int8, int8_apart = None, None
+        if self._wants_int8:
+            by_int8, int8_apart = yield from self._in_8_bits(denoiser, model_file, by_torch)
         torch_s: dict[int, float] = {}
         openvino_s: dict[int, float] = {}
+        int8_s: dict[int, float] = {}
+        candidates = [(torch_s, by_torch), (openvino_s, by_openvino)]
+        candidates += [] if by_int8 is None else [(int8_s, by_int8)]
         for n_rows in TRIED_ROWS:
             slowest_s = max([0.0, *(spent_s / rows for rows, spent_s in torch_s.items())]) * n_rows
             if torch_s and (n_rows > self._most_rows or slowest_s > _LONGEST_CALL_S):
                 break
             changed = _with_rows(args, kwargs, n_rows)
             for n_repeat in range(_REPEATS + 1):
-                for times, network in ((torch_s, by_torch), (openvino_s, by_openvino)):
+                for times, network in candidates:
                     spent_s, _ = timed_call(network, *changed)
                     # The first call of a size pays for set-up inside the libraries.
                     times[n_rows] = min(spent_s, times[n_rows]) if n_repeat > 1 else spent_s
                     yield
-        trial = Trial(torch_s=torch_s, openvino_s=openvino_s, apart=apart)
+        trial = Trial(torch_s=torch_s, openvino_s=openvino_s, apart=apart, int8_s=int8_s, int8_apart=int8_apart)
         self._cache.keep_trial(denoiser.key, trial, dtype=self._device.dtype_name, n_threads=torch.get_num_threads())
-        self._take_over(denoiser, trial, by_openvino)
+        self._take_over(denoiser, trial, {"openvino": by_openvino, "int8": by_int8})
 
-    def _take_over(self, denoiser: _Denoiser, trial: Trial, by_openvino: OpenVinoDenoiser) -> None:
+    def _in_8_bits(
+        self, denoiser: _Denoiser, model_file: Path, by_torch: Any
+    ) -> Generator[None, None, tuple[OpenVinoDenoiser | None, float]]:
+        """The denoiser in 8 bits, None where it is too far from torch, and how far; a network call at a time."""
+        import openvino
+
+        learnt, compared = denoiser.noted[::2], denoiser.noted[1::2] or denoiser.noted
+        model = openvino.Core().read_model(model_file)
+        found = None
+        calls = [inputs_of(denoiser.call, *args, **kwargs) for args, kwargs in learnt]
+        for known in ranges(model, calls, n_threads=torch.get_num_threads()):
+            found = known
+            yield
+        assert found is not None
+        int8_file = self._file_of("int8", model_file)
+        save_rounded(model, found, int8_file)
+        yield
+        by_int8 = self._compiled(denoiser, int8_file)
+        yield
+        apart = 0.0
+        for args, kwargs in compared:
+            _, expected = timed_call(by_torch, args, kwargs)
+            _, answer = timed_call(by_int8, args, kwargs)
+            apart = max(apart, _apart(answer, expected))
+            yield
+        return (by_int8 if apart <= _INT8_MOST_APART else None), apart
+
+    @staticmethod
+    def _file_of(choice: Choice, model_file: Path) -> Path:
+        return model_file.with_name(INT8_FILE) if choice == "int8" else model_file
+
+    def _take_over(self, denoiser: _Denoiser, trial: Trial, by: Mapping[str, OpenVinoDenoiser | None]) -> None:
         self._decide(denoiser, trial)
-        if denoiser.choice == "openvino":
-            denoiser.components.serve(denoiser.name, lambda: self._opened(denoiser), now=by_openvino)
+        if denoiser.choice != "torch":
+            now = by.get(denoiser.choice)
+            denoiser.components.serve(denoiser.name, lambda: self._opened(denoiser), now=now)
+
+    def _chosen(self, trial: Trial) -> Choice:
+        if self._wants_int8 and trial.int8_s and _int8_gain(trial) >= _MUST_WIN_BY:
+            return "int8"
+        return "openvino" if _gain(trial) >= _MUST_WIN_BY else "torch"
 
     def _decide(self, denoiser: _Denoiser, trial: Trial) -> None:
-        gain = _gain(trial)
         denoiser.trial = trial
         rows = ", ".join(map(str, trial.torch_s))
-        why = f"OpenVINO took {1 / gain:.2f} of torch's time (geometric mean at {rows} rows)"
-        self._settle(denoiser, "openvino" if gain >= _MUST_WIN_BY else "torch", why)
+        why = f"OpenVINO took {1 / _gain(trial):.2f} of torch's time (geometric mean at {rows} rows)"
+        if self._wants_int8 and trial.int8_s:
+            why = f"it took {1 / _int8_gain(trial):.2f} of the faster other executor's time (at {rows} rows)"
+        elif self._wants_int8:
+            why = f"its answers are {trial.int8_apart:.2g} away from torch's, at most {_INT8_MOST_APART} is allowed"
+        self._settle(denoiser, self._chosen(trial), why)
 
     def _settle(self, denoiser: _Denoiser, choice: Choice, why: str) -> None:
         denoiser.choice, denoiser.why, denoiser.is_settled = choice, why, True
         denoiser.trying = denoiser.watched = denoiser.last_call = None
+        denoiser.noted = []
         for handle in denoiser.unwatch:
             handle.remove()
         denoiser.unwatch = []
@@ -284,6 +374,7 @@ class Executors:
         }
         if denoiser.trial is not None:
             facts |= {"torch_s": dict(denoiser.trial.torch_s), "openvino_s": dict(denoiser.trial.openvino_s)}
+            facts |= {"int8_s": dict(denoiser.trial.int8_s)} if denoiser.trial.int8_s else {}
         log.info("executor chosen", extra=facts)
 
     def _give_up(self, denoiser: _Denoiser, exc: Exception) -> None:
@@ -347,8 +438,31 @@ def _half_as_high(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     return tuple(changed(value) for value in args), {name: changed(value) for name, value in kwargs.items()}
 
 
+def _keep(denoiser: _Denoiser, call: NotedCall) -> None:
+    """Note every n-th call, so that all noise levels of the last pictures are among a few of them."""
+    denoiser.n_calls += 1
+    if denoiser.n_calls % denoiser.note_every:
+        return
+    n_rows = min(
+        _MOST_NOTED_ROWS, max(len(value) for value in (*call[0], *call[1].values()) if isinstance(value, Tensor))
+    )
+    denoiser.noted.append(_with_rows(*call, n_rows))
+    if len(denoiser.noted) > _MOST_NOTED:
+        denoiser.noted = denoiser.noted[::2]
+        denoiser.note_every *= 2
+
+
 def _gain(trial: Trial) -> float:
-    gains = [trial.torch_s[rows] / max(trial.openvino_s[rows], 1e-9) for rows in trial.torch_s]
+    return _geometric_mean([trial.torch_s[rows] / max(trial.openvino_s[rows], 1e-9) for rows in trial.torch_s])
+
+
+def _int8_gain(trial: Trial) -> float:
+    """How much faster than the faster of the other two."""
+    others = {rows: min(trial.torch_s[rows], trial.openvino_s[rows]) for rows in trial.int8_s}
+    return _geometric_mean([others[rows] / max(trial.int8_s[rows], 1e-9) for rows in others])
+
+
+def _geometric_mean(gains: list[float]) -> float:
     return math.exp(sum(math.log(gain) for gain in gains) / len(gains))
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,11 +40,16 @@ class ConversionFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Seconds per call by rows, for both executors, and how far their answers are apart (rms, relative)."""
+    """Seconds per call by rows, for both executors, and how far their answers are apart (rms, relative).
+
+    int8_apart: how far 8 bits are from torch; None: not tried. int8_s: empty where they were too far to be timed.
+    """
 
     torch_s: Mapping[int, float]
     openvino_s: Mapping[int, float]
     apart: float
+    int8_s: Mapping[int, float] = field(default_factory=dict)
+    int8_apart: float | None = None
 
 
 class ModelCache:
@@ -100,7 +105,10 @@ class ModelCache:
         try:
             said = json.loads(self._trial_file(key, dtype, n_threads).read_text(encoding="utf-8"))
             times = [{int(rows): float(spent_s) for rows, spent_s in said[name].items()} for name in _TIMES]
-            return Trial(torch_s=times[0], openvino_s=times[1], apart=float(said["apart"]))
+            int8_s = {int(rows): float(spent_s) for rows, spent_s in said.get("int8_s", {}).items()}
+            int8_apart = None if said.get("int8_apart") is None else float(said["int8_apart"])
+            apart = float(said["apart"])
+            return Trial(torch_s=times[0], openvino_s=times[1], apart=apart, int8_s=int8_s, int8_apart=int8_apart)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as exc:
@@ -111,8 +119,7 @@ class ModelCache:
         """Write down what was measured."""
         file = self._trial_file(key, dtype, n_threads)
         part = file.with_suffix(f".{os.getpid()}")
-        said = {"torch_s": dict(trial.torch_s), "openvino_s": dict(trial.openvino_s), "apart": trial.apart}
-        part.write_text(json.dumps(said), encoding="utf-8")
+        part.write_text(json.dumps(asdict(trial)), encoding="utf-8")
         part.replace(file)
 
     def close(self) -> None:

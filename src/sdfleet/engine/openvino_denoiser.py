@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdfleet.engine.openvino_calls import NetworkCall
+
+Floats = NDArray[np.float32]
 
 
 class OpenVinoDenoiser:
@@ -23,6 +27,7 @@ class OpenVinoDenoiser:
         import openvino
 
         self._call = call
+        self.model_file = model_file
         self.resident_bytes = resident_bytes
         n_threads = torch.get_num_threads()
         compiled = openvino.Core().compile_model(
@@ -43,6 +48,11 @@ class OpenVinoDenoiser:
         """([m, c, h, w] float32,), as the diffusers module answers with return_dict=False."""
         assert not return_dict
         # Shared, not copied. The answer is copied out of the request's buffer, which the next call overwrites.
-        inputs = [tensor.float().contiguous().numpy() for tensor in self._call.tensors(*args, **kwargs)]
-        answer = self._request.infer(inputs, share_inputs=True)[0]
+        answer = self._request.infer(inputs_of(self._call, *args, **kwargs), share_inputs=True)[0]
         return (torch.from_numpy(answer),)
+
+
+def inputs_of(call: NetworkCall, *args: Any, **kwargs: Any) -> list[Floats]:
+    """The inputs of a converted model, from the arguments that the diffusers module takes."""
+    kwargs.pop("return_dict", None)
+    return [tensor.float().contiguous().numpy() for tensor in call.tensors(*args, **kwargs)]

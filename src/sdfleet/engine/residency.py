@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdfleet.domain import Drawing
+from sdfleet.engine.compiling import Compiling
 from sdfleet.engine.components import DENOISERS, TEXT_ENCODERS, ComponentName, Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.events import EngineOptions, MemoryMode
@@ -48,6 +49,7 @@ class DeviceResidency:
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self.prompts = PromptCache(_PROMPT_CACHE_BYTES)
         self.executors = Executors(device, options)
+        self.compiling = Compiling(device, options)
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -79,6 +81,7 @@ class DeviceResidency:
             for name in (*family.text_encoders(drawing), family.denoiser, *family.components_for("decode")):
                 family.components.use(name)
             self.executors.watch(family.components)
+            self.compiling.watch(family.components, family.denoiser)
         return loaded
 
     def get(self, checkpoint: str) -> Loaded:
@@ -97,18 +100,23 @@ class DeviceResidency:
             per_row = loaded.family.peak_bytes(width_px=drawing.width_px, height_px=drawing.height_px, n_rows=1)
             room = self._room_for(loaded) - loaded.family.components.resident_bytes()
             loaded.row_caps[key] = max(2, int(room * _SHARE_FOR_ROWS) // max(per_row, 1))
-        return loaded.row_caps[key]
+        cap = loaded.row_caps[key]
+        # A batch that is filled up takes the memory of the larger one.
+        return 1 << (cap.bit_length() - 1) if self.compiling.fills_up(loaded.family.components) else cap
 
     @property
     def has_chore(self) -> bool:
         """Whether there is something to try out while nothing is drawn."""
-        return self.executors.has_chore(self._whole())
+        whole = self._whole()
+        return self.executors.has_chore(whole) or self.compiling.has_chore(whole)
 
     def do_chore(self) -> str | None:
-        """Try a little of it; the checkpoint that is drawn by another executor from now on."""
+        """Try a little of it; the checkpoint whose speed is another from now on."""
         whole = self._whole()
         room_bytes = {c: self._room_for(self._loaded[c]) - self.resident_bytes() for c in whole}
-        return self.executors.do_chore(whole, room_bytes=room_bytes)
+        if self.executors.has_chore(whole):
+            return self.executors.do_chore(whole, room_bytes=room_bytes)
+        return self.compiling.do_chore(whole)
 
     def drop_idle(self, *, busy: Collection[str]) -> bool:
         """Rung: checkpoints that draw nothing now leave the device. Whether anything left."""
@@ -186,4 +194,5 @@ class DeviceResidency:
         freed = loaded.family.components.resident_bytes()
         loaded.family.components.close()
         self.executors.let_go(checkpoint)
+        self.compiling.let_go(checkpoint)
         log.info("checkpoint left the device", extra={"checkpoint": checkpoint, "freed_bytes": freed})

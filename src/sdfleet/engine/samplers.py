@@ -64,6 +64,11 @@ class Plan:
     evaluations: tuple[Evaluation, ...]
     n_steps: int
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether noise is added on the way."""
+        return any(evaluation.draws_noise for evaluation in self.evaluations)
+
 
 def make_sampler(
     sampler: str | SamplerName,

@@ -8,27 +8,44 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sdfleet.engine.compiling import filled_up
+from sdfleet.engine.devices import sent
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
-from sdfleet.engine.trajectory import Trajectory, advance, to_denoised
+from sdfleet.engine.trajectory import Trajectory, advance, coast, to_denoised
 
 
 class StepBatch:
-    """n trajectories of one key, m network rows: the negative halves of the guided ones first, then everybody."""
+    """n trajectories of one key, m network rows: the negative halves of the guided ones first, then everybody.
 
-    def __init__(self, family: LatentFamily, trajectories: Sequence[Trajectory], *, size_px: tuple[int, int]) -> None:
+    fills_up: the network is given a number of rows that is a power of two; copies of the last row fill it up.
+    """
+
+    # Compiled blocks tell tensors made in this mode from others, and would be compiled for both.
+    @torch.inference_mode()
+    def __init__(
+        self,
+        family: LatentFamily,
+        trajectories: Sequence[Trajectory],
+        *,
+        size_px: tuple[int, int],
+        fills_up: bool = False,
+    ) -> None:
         self.trajectories = tuple(trajectories)
         self._family = family
         self._size_px = size_px
         device = family.device.torch_device
         guided = [row for row, t in enumerate(trajectories) if t.is_guided]
         self._n_guided = len(guided)
-        self._guided = torch.tensor(guided, device=device)
-        self._rows = torch.tensor([*guided, *range(len(trajectories))], device=device)
-        every = torch.tensor([t.guidance for t in trajectories], device=device)
+        n_more = filled_up(self.n_rows) - self.n_rows if fills_up else 0
+        last = len(trajectories) - 1
+        self._guided = sent(torch.tensor(guided, dtype=torch.long), device)
+        self._rows = sent(torch.tensor([*guided, *range(len(trajectories)), *[last] * n_more]), device)
+        every = sent(torch.tensor([t.guidance for t in trajectories]), device)
         self._row_guidance = every[self._rows]
         self._guidance = every[self._rows[: self._n_guided]].view(-1, 1, 1, 1)
         told = [t.prompts.negative for t in trajectories if t.prompts.negative is not None]
         told += [t.prompts.positive for t in trajectories]
+        told += told[-1:] * n_more
         self._states = pad_sequence([c.states for c in told], batch_first=True)
         self._n_tokens = tuple(len(c.states) for c in told)
         pooled = [c.pooled for c in told if c.pooled is not None]
@@ -43,15 +60,16 @@ class StepBatch:
 
     @property
     def n_rows(self) -> int:
-        """Rows of the network call."""
+        """Rows of the network call that somebody needs."""
         return self._n_guided + len(self.trajectories)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One network call for all, and every trajectory moves on. Raises before any of them has moved."""
+        """One network call for all, and every trajectory moves past it. Raises before any of them has done so."""
+        coast(self.trajectories)
         latents = torch.cat([t.latents for t in self.trajectories])
         evaluations = [t.evaluation for t in self.trajectories]
-        places = torch.tensor([(e.timestep, e.alpha, e.sigma) for e in evaluations], device=latents.device)
+        places = sent(torch.tensor([(e.timestep, e.alpha, e.sigma) for e in evaluations]), latents.device)
         answer = self._family.predict(
             NetworkRows(
                 latents=latents[self._rows],
@@ -63,9 +81,13 @@ class StepBatch:
                 extra=self._extra,
                 size_px=self._size_px,
             )
-        )
+        )[: self.n_rows]
         alpha, sigma = (places[:, column].view(-1, 1, 1, 1) for column in (1, 2))
         denoised = to_denoised(self._guide(answer), latents, alpha, sigma, self._family.schedule)
+        for row, trajectory in enumerate(self.trajectories):
+            if trajectory.forecast is not None:
+                here = slice(row, row + 1)
+                trajectory.forecast.learn(evaluations[row], latents[here], denoised[here])
         advance(self.trajectories, denoised)
 
     def _guide(self, answer: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from sdfleet.domain import JobId
+from sdfleet.engine.devices import sent
 from sdfleet.engine.families.base import Blend, PromptPair, Start
 from sdfleet.engine.foreign_samplers import ForeignSampler
 from sdfleet.engine.noise_schedule import NoiseSchedule
 from sdfleet.engine.samplers import Evaluation, Plan
+from sdfleet.engine.step_cache import Forecast
 from sdfleet.errors import EngineFailed
 
 # Places of the tensors in an Evaluation's coefficients.
@@ -32,6 +34,7 @@ class Trajectory:
     sampler: a Plan computed beforehand, or a diffusers scheduler of this row's own.
     latents, previous, before_previous, saved: [1, c, h, w] float32 on the device; None before they exist.
     generator: this picture's own noise, on the CPU, so that neighbours and devices never matter.
+    forecast: which network calls are left out; None where all are made.
     """
 
     id: int
@@ -50,11 +53,17 @@ class Trajectory:
     before_previous: Tensor | None = None
     saved: Tensor | None = None
     denoised: Tensor | None = field(default=None, repr=False)
+    forecast: Forecast | None = None
 
     @property
     def n_evaluations(self) -> int:
-        """Network calls the whole picture takes."""
+        """Evaluations on the way from noise to the picture."""
         return len(self.sampler.evaluations)
+
+    @property
+    def n_calls(self) -> int:
+        """Network calls the whole picture takes: of its evaluations, those that are not left out."""
+        return self.n_evaluations - (0 if self.forecast is None else len(self.forecast.left_out))
 
     @property
     def is_finished(self) -> bool:
@@ -65,6 +74,12 @@ class Trajectory:
     def evaluation(self) -> Evaluation:
         """The next network call."""
         return self.sampler.evaluations[self.position]
+
+    def guess(self) -> Tensor | None:
+        """[1, c, h, w] in the place of the network's denoised latents, if the next call is left out; else None."""
+        if self.forecast is None or self.position not in self.forecast.left_out:
+            return None
+        return self.forecast.denoised(self.evaluation, self.latents)
 
     @property
     def is_guided(self) -> bool:
@@ -124,6 +139,12 @@ def advance(trajectories: Sequence[Trajectory], denoised: Tensor) -> None:
         trajectory.position += 1
 
 
+def coast(trajectories: Sequence[Trajectory]) -> None:
+    """Take every trajectory past the evaluations that it leaves out, to the next one that is computed."""
+    while guesses := [(t, denoised) for t in trajectories if (denoised := t.guess()) is not None]:
+        advance([t for t, _ in guesses], torch.cat([denoised for _, denoised in guesses]))
+
+
 def _advance_planned(trajectories: Sequence[Trajectory], denoised: Tensor) -> None:
     evaluations = [t.evaluation for t in trajectories]
     basis: list[Tensor | None] = [
@@ -160,7 +181,7 @@ def _drawn(trajectories: Sequence[Trajectory], evaluations: Sequence[Evaluation]
     for row, (trajectory, evaluation) in enumerate(zip(trajectories, evaluations, strict=True)):
         if evaluation.draws_noise:
             noise[row] = torch.randn(like.shape[1:], generator=trajectory.generator)
-    return noise.to(like.device)
+    return sent(noise, like.device)
 
 
 def _combined(coefficients: Sequence[Sequence[float]], basis: Sequence[Tensor | None], like: Tensor) -> Tensor:
@@ -170,6 +191,6 @@ def _combined(coefficients: Sequence[Sequence[float]], basis: Sequence[Tensor | 
         column = [row[place] for row in coefficients]
         if tensor is None or not any(column):
             continue
-        weights = torch.tensor(column, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
+        weights = sent(torch.tensor(column, dtype=torch.float32), like.device).view(-1, 1, 1, 1)
         total = weights * tensor if total is None else torch.addcmul(total, weights, tensor)
     return torch.zeros_like(like) if total is None else total
