@@ -1,15 +1,16 @@
-"""Drawings for the tests of the backends, and a local backend over a scripted engine."""
+"""Drawings for the tests of the backends, and backends over a scripted engine."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sdfleet.backends.local import LocalBackend
+from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, JobId
 from sdfleet.engine.events import EngineOptions
 
@@ -57,3 +58,28 @@ def scripted_backend(
     """A LocalBackend with a real child process and no torch."""
     env = child_environment() if env is None else env
     return LocalBackend(EngineOptions(n_threads=3), command=child_command(engine), env=env, **more)
+
+
+def scripted_pool(
+    engine: str = "ScriptedEngine",
+    *,
+    n_engines: int | Literal["auto"] = 2,
+    made: list[LocalBackend] | None = None,
+    **more: Any,
+) -> EnginePool:
+    """A pool over real child processes without torch; with a number of engines it spreads every drawing.
+
+    made: is given the pool's backends, the wide one first.
+    """
+
+    def make(
+        options: EngineOptions, *, name: str, cores: Collection[int] | None, on_facts: Callable[[], None]
+    ) -> LocalBackend:
+        command, env = child_command(engine), child_environment()
+        backend = LocalBackend(options, command=command, env=env, name=name, cores=cores, on_facts=on_facts)
+        if made is not None:
+            made.append(backend)
+        return backend
+
+    given: dict[str, Any] = {"n_engines": n_engines, "n_cores": 2, "make": make, "pause_s": 0.0}
+    return EnginePool(EngineOptions(), **(given | more))

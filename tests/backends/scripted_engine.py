@@ -153,7 +153,7 @@ def _progress(drawing: Drawing, image_index: int, step: int) -> Progress:
 
 def _picture_done(drawing: Drawing, image_index: int) -> PictureDone:
     width_px, height_px = drawing.resize_to or (drawing.width_px, drawing.height_px)
-    seed = drawing.seed + image_index
+    seed = (drawing.seed + image_index) % 2**64
     n_bytes = width_px * height_px * 3
     data = (hashlib.sha256(str(seed).encode()).digest() * (n_bytes // 32 + 1))[:n_bytes]
     picture = Picture(width_px=width_px, height_px=height_px, mode="RGB", data=data)

@@ -9,14 +9,15 @@ import pytest
 
 from sdfleet.backends.base import Backend
 from sdfleet.backends.fake import FakeBackend
+from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.errors import BadRequest, EngineDied, JobCancelled
-from tests.backends.drawings import drawing, endless, scripted_backend
+from tests.backends.drawings import drawing, endless, scripted_backend, scripted_pool
 
 Build = Callable[[], Backend]
 
 
-@pytest.fixture(params=[FakeBackend, scripted_backend], ids=["fake", "local"])
+@pytest.fixture(params=[FakeBackend, scripted_backend, scripted_pool], ids=["fake", "local", "pool"])
 def build(request: pytest.FixtureRequest) -> Build:
     made: Build = request.param
     return made
@@ -29,6 +30,8 @@ def tell(build: Build, story: Callable[[Backend], Awaitable[None]]) -> None:
         backend = build()
         try:
             async with asyncio.timeout(60):
+                if isinstance(backend, EnginePool):
+                    await backend.start()  # so that its small engines stand, and jobs are split
                 await story(backend)
         finally:
             await backend.close()

@@ -40,12 +40,18 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities:
         """How it stands now; asks nobody and never waits."""
 
+    async def start(self) -> None:
+        """Stand ready before the first job. Raises what a first job would have met."""
+
     async def generate(self, drawing: Drawing, on_progress: OnProgress | None = None) -> ImageResult:
         """Draw every picture of one job; as many jobs at once as the caller likes.
 
         `ImageResult.model` is the checkpoint of the drawing; the caller knows the name a person used.
         Raises a SdfleetError; JobCancelled after `cancel`. Cancelling the awaiting task also stops the drawing.
         """
+
+    async def watch(self, job_id: JobId, *, previews: bool) -> None:
+        """Start or stop the previews of a job that is being drawn, for its `on_progress`. Unknown ids are ignored."""
 
     async def cancel(self, job_id: JobId) -> None:
         """Let the job's `generate` raise JobCancelled soon (between two steps). Unknown ids are ignored."""

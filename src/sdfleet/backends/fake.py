@@ -35,6 +35,7 @@ class FakeBackend:
         self._script = list(script)
         self._before_step = before_step
         self._jobs: dict[JobId, asyncio.Future[SdfleetError]] = {}
+        self._with_previews: set[JobId] = set()
         self._is_closed = False
 
     def capabilities(self) -> Capabilities:
@@ -48,6 +49,10 @@ class FakeBackend:
             facts={"device": "none", "dtype": "none"},
         )
 
+    async def start(self) -> None:
+        if self._is_closed:
+            raise EngineDied("the fake backend is closed")
+
     async def generate(self, drawing: Drawing, on_progress: OnProgress | None = None) -> ImageResult:
         if self._is_closed:
             raise EngineDied("the fake backend is closed")
@@ -55,10 +60,13 @@ class FakeBackend:
             raise BadRequest(f"job {drawing.job_id} is being drawn already")
         fault = self._script.pop(0) if self._script else None
         stop = self._jobs[drawing.job_id] = asyncio.get_running_loop().create_future()
+        if drawing.wants_previews:
+            self._with_previews.add(drawing.job_id)
         try:
             images = [await self._draw(drawing, i, fault, stop, on_progress) for i in range(drawing.n_images)]
         finally:
             del self._jobs[drawing.job_id]
+            self._with_previews.discard(drawing.job_id)
         return ImageResult(
             job_id=drawing.job_id,
             model=drawing.checkpoint,
@@ -70,6 +78,12 @@ class FakeBackend:
             device="none",
             dtype="none",
         )
+
+    async def watch(self, job_id: JobId, *, previews: bool) -> None:
+        if previews and job_id in self._jobs:
+            self._with_previews.add(job_id)
+        else:
+            self._with_previews.discard(job_id)
 
     async def cancel(self, job_id: JobId) -> None:
         self._stop(job_id, JobCancelled(f"job {job_id} was cancelled"))
@@ -97,7 +111,8 @@ class FakeBackend:
             if fault is not None and step > drawing.steps // 2:
                 raise fault
             if on_progress is not None:
-                on_progress(_progress(drawing, image_index, step))
+                has_preview = drawing.job_id in self._with_previews
+                on_progress(_progress(drawing, image_index, step, has_preview=has_preview))
         width_px, height_px = drawing.resize_to or (drawing.width_px, drawing.height_px)
         return FinishedPicture(
             picture=_stripes(drawing, image_index, width_px=width_px, height_px=height_px),
@@ -122,9 +137,9 @@ class FakeBackend:
             raise stop.result()
 
 
-def _progress(drawing: Drawing, image_index: int, step: int) -> Progress:
+def _progress(drawing: Drawing, image_index: int, step: int, *, has_preview: bool) -> Progress:
     preview = None
-    if drawing.wants_previews:
+    if has_preview:
         preview = _stripes(drawing, image_index, width_px=_PREVIEW_SIDE_PX, height_px=_PREVIEW_SIDE_PX)
     return Progress(
         job_id=drawing.job_id,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -61,6 +61,8 @@ class LocalBackend:
     command: the program that speaks `engine/wire.py`; `--options <JSON> --log-level <name>` is appended. None is our
     own engine; (python, "-m", "sdfleet.engine.child", "--engine", "module:attribute") another in the same frame.
     env: the process's whole environment; None lets it inherit ours.
+    cores: the CPU cores the process may use, where the system can be told; None: any.
+    on_facts: called on the event loop when the engine is ready and whenever it has something new to say of itself.
     """
 
     def __init__(
@@ -72,11 +74,15 @@ class LocalBackend:
         name: str = "local",
         start_deadline_s: float = START_DEADLINE_S,
         close_deadline_s: float = CLOSE_DEADLINE_S,
+        cores: Collection[int] | None = None,
+        on_facts: Callable[[], None] | None = None,
     ) -> None:
         program = (sys.executable, "-m", "sdfleet.engine.child") if command is None else tuple(command)
         self._command = (*program, "--options", wire.encode_options(options))
         self._env = None if env is None else dict(env)
         self._name = name
+        self._cores = cores
+        self._on_facts = on_facts or (lambda: None)
         self._start_deadline_s = start_deadline_s
         self._close_deadline_s = close_deadline_s
         self._jobs: dict[JobId, _Job] = {}  # in order of arrival
@@ -254,7 +260,7 @@ class LocalBackend:
     async def _live(self) -> None:
         """One life, from start to burial."""
         try:
-            process = await EngineProcess.start(self._command, env=self._env)
+            process = await EngineProcess.start(self._command, env=self._env, cores=self._cores)
         except OSError as exc:
             self._why_not = f"{self._command[0]} could not be started: {exc}"
             self._fail_all(EngineFailed(self._why_not, hint="`sdfleet doctor` shows what is installed"))
@@ -301,6 +307,7 @@ class LocalBackend:
                         self._greet(process, report)
                     case wire.Facts(facts=facts):
                         self._facts = facts
+                        self._on_facts()
                     case wire.Fault(error=error):
                         process.fault = error
                         deadline.reschedule(asyncio.get_running_loop().time() + FAULT_DEADLINE_S)
@@ -319,6 +326,7 @@ class LocalBackend:
             if not started.done():
                 started.set_result(None)
         self._admit()
+        self._on_facts()
 
     def _route(self, event: Event) -> None:
         has_ended = isinstance(event, JobDone | JobFailed)

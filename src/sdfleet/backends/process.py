@@ -11,7 +11,7 @@ import re
 import signal
 from asyncio.subprocess import PIPE, SubprocessStreamProtocol
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 from sdfleet.engine import wire
@@ -50,8 +50,13 @@ class EngineProcess:
         self.last_lines: deque[str] = deque(maxlen=N_KEPT_LINES)
 
     @classmethod
-    async def start(cls, command: Sequence[str], *, env: Mapping[str, str] | None) -> EngineProcess:
-        """Start the program, with `--log-level <ours>` appended. Raises OSError."""
+    async def start(
+        cls, command: Sequence[str], *, env: Mapping[str, str] | None, cores: Collection[int] | None = None
+    ) -> EngineProcess:
+        """Start the program, with `--log-level <ours>` appended, on these cores where the system can be told.
+
+        Raises OSError.
+        """
         loop = asyncio.get_running_loop()
         arguments = (*command, "--log-level", _level_for_child())
         transport, pipes = await loop.subprocess_exec(
@@ -62,6 +67,11 @@ class EngineProcess:
             stderr=PIPE,
             env=env,
         )
+        if cores is not None and hasattr(os, "sched_setaffinity"):
+            # Python has not yet got as far as its first thread, and later ones inherit this. A process that is gone
+            # already is noticed by its owner.
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(transport.get_pid(), cores)
         return cls(transport, pipes)
 
     def send(self, command: wire.Command) -> None:

@@ -1,0 +1,507 @@
+"""Several engines on one CPU: a wide one with all cores for big models, small ones with a share each for small models.
+
+A small network at small batches is not faster on many threads than on one, so that several engines of one thread, each
+with step batches of its own, draw more pictures a second than one engine of many threads. Whether that holds for a
+checkpoint at a size is measured here, on this machine, in a pause (`engine_trial.py`), and kept on disk.
+
+Who draws what:
+
+    1. the first job starts the wide engine, and until a trial has said otherwise everything is drawn there
+    2. a kind of drawing (checkpoint, size) that the small engines draw at least 1.15 times as fast is spread over them;
+       each picture goes where it is predicted to be finished first, so a job may be drawn by several engines
+    3. a job that has the machine to itself is drawn where it is finished first: one picture mostly by the wide engine
+    4. reproducible jobs are drawn whole by the wide engine: other threads may round in another way
+    5. while the wide engine draws what only it may draw, it gets everything that comes, and shares its steps fairly
+
+So both sides draw at once only until the jobs that one side has are finished, and no job ever waits for a turn.
+A process that dies is started again by its own `LocalBackend`, which draws its jobs or parts of jobs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import psutil
+
+from sdfleet.backends.base import Backend, Capabilities, OnProgress
+from sdfleet.backends.engine_trial import TrialNotes, timed_trial
+from sdfleet.backends.local import LocalBackend
+from sdfleet.backends.placement import Load, Trial, lone_job, shares
+from sdfleet.domain import Drawing, ImageResult, JobId, Progress
+from sdfleet.engine.events import EngineOptions
+from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError
+
+log = logging.getLogger(__name__)
+
+# More engines than this were never measured; on more cores each gets several.
+MOST_ENGINES = 8
+# Nothing was asked for that long: the time for a trial.
+PAUSE_S = 1.0
+# A step of one picture that takes longer keeps all cores busy by itself, and a trial would take minutes.
+_LONGEST_STEP_S = 0.5
+# An engine's process without weights: 560 MB were measured after a picture of the built-in model, of 25 MB.
+_ENGINE_BYTES = 600_000_000
+# What the small engines may take of the memory that is free: pictures need some, and so do other programs.
+_SHARE_OF_FREE = 0.6
+# After this many the small engines are given up: what keeps them from starting is not going to change.
+_MOST_FAILED_STARTS = 3
+_SEEDS = 2**64
+
+_Kind = tuple[str, int, int]
+
+
+class MakeEngine(Protocol):
+    """Builds one engine's backend, not yet started. Its arguments are those of `LocalBackend`."""
+
+    def __call__(
+        self, options: EngineOptions, *, name: str, cores: Collection[int] | None, on_facts: Callable[[], None]
+    ) -> LocalBackend: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Pictures `first` to `first + n - 1` of a job, in the hands of one engine. `left`: steps, by picture.
+
+    The parts of a job have its id, each in an engine of its own; one that had to move has an id of its own.
+    """
+
+    engine: LocalBackend
+    drawing: Drawing
+    first: int
+    left: list[int]
+    eta_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    drawing: Drawing
+    is_cancelled: bool = False
+    parts: list[_Part] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a kind of drawing. `step_s`: shortest step of one picture. `tried_with`: executors."""
+
+    like: Drawing
+    step_s: float
+    trial: Trial | None
+    tried_with: set[tuple[str, ...]] = field(default_factory=set)
+
+
+class EnginePool:
+    """Draws with one wide engine and, where that was measured to be faster, several small ones; see `Backend`.
+
+    n_engines: small engines; "auto" takes a share of the cores for each and asks a trial; a number of two or more
+    spreads every checkpoint over that many, as asked. Only on a CPU: on other devices the wide engine draws alone.
+    notes_folder: where trials are kept. n_cores, free_bytes: of this machine.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        n_engines: int | Literal["auto"] = "auto",
+        notes_folder: Path | None = None,
+        make: MakeEngine = LocalBackend,
+        n_cores: int | None = None,
+        free_bytes: Callable[[], int] = lambda: psutil.virtual_memory().available,
+        pause_s: float = PAUSE_S,
+    ) -> None:
+        cores = _usable_cores()
+        n_cores = n_cores or options.n_threads or len(cores)
+        n_small = min(n_cores, MOST_ENGINES) if n_engines == "auto" else n_engines
+        self._is_forced = n_engines != "auto"
+        self._limit_bytes = options.memory_limit_bytes
+        self._free_bytes = free_bytes
+        self._pause_s = pause_s
+        self._wide = make(options, name="local", cores=None, on_facts=self._consider)
+        self._small: list[LocalBackend] = []
+        n_threads = max(1, n_cores // n_small)
+        if n_small > 1:
+            limit = None if self._limit_bytes is None else self._limit_bytes // (2 * n_small)
+            narrow = replace(options, n_threads=n_threads, memory_limit_bytes=limit)
+            for i in range(n_small):
+                mine = cores[i * n_threads : (i + 1) * n_threads] if options.n_threads is None else []
+                engine = make(narrow, name=f"local-{i + 1}", cores=mine or None, on_facts=self._consider)
+                self._small.append(engine)
+        self._setting = f"{n_small} engines of {n_threads} threads, {n_cores} cores, {options.dtype}"
+        self._notes = TrialNotes(notes_folder)
+        self._jobs: dict[JobId, _Job] = {}
+        self._seen: dict[_Kind, _Seen] = {}
+        self._starting: asyncio.Task[None] | None = None
+        self._n_failed_starts = 0
+        self._pause: asyncio.TimerHandle | None = None
+        self._trying: asyncio.Task[None] | None = None
+        self._why_not_small = ""
+        self._is_closed = False
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The ids of the engines' processes that run now, the wide one's first."""
+        return tuple(engine.pid for engine in self._engines if engine.pid is not None)
+
+    def capabilities(self) -> Capabilities:
+        wide = self._wide.capabilities()
+        running = [job for job in self._jobs.values() if any(_is_ready(part.engine) for part in job.parts)]
+        return replace(
+            wide, n_running=len(running), n_waiting=len(self._jobs) - len(running), facts=self._facts(wide.facts)
+        )
+
+    async def start(self) -> None:
+        """Have the wide engine stand ready before the first job; the small ones too where a number was asked for.
+
+        Raises what a first job would have met. Small engines that cannot be had are no fault: see `capabilities`.
+        """
+        await self._wide.start()
+        if self._is_forced and self._small:
+            self._want_small()
+            if self._starting is not None:
+                await asyncio.wait({self._starting})
+
+    async def generate(self, drawing: Drawing, on_progress: OnProgress | None = None) -> ImageResult:
+        if self._is_closed:
+            raise EngineDied("the backend local is closed")
+        if drawing.job_id in self._jobs:
+            raise BadRequest(f"job {drawing.job_id} is being drawn already")
+        self._stop_trying()
+        is_lone = not self._jobs
+        # Progress is always wanted here, to know who has how much left; previews only if somebody looks.
+        looks = drawing.wants_previews and on_progress is not None
+        job = self._jobs[drawing.job_id] = _Job(replace(drawing, wants_previews=looks))
+        try:
+            self._place(job, is_lone=is_lone)
+            return _merged(drawing, await self._draw(job, on_progress), is_lone=is_lone, note=self._note)
+        finally:
+            del self._jobs[drawing.job_id]
+            self._consider()
+
+    async def watch(self, job_id: JobId, *, previews: bool) -> None:
+        """Start or stop previews of a job that is being drawn; they reach its `on_progress`."""
+        job = self._jobs.get(job_id)
+        if job is not None:
+            for part in job.parts:
+                part.drawing = replace(part.drawing, wants_previews=previews)  # for when it is begun, or begun again
+                await part.engine.watch(part.drawing.job_id, previews=previews)
+
+    async def cancel(self, job_id: JobId) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.is_cancelled = True
+            for part in job.parts:
+                await part.engine.cancel(part.drawing.job_id)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        self._stop_trying()
+        tasks = [task for task in (self._trying, self._starting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        # The engines end at the same time: each may take seconds.
+        await asyncio.gather(*(engine.close() for engine in self._engines))
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # ------------------------------------------------------------------------------------------------- who draws what
+
+    @property
+    def _engines(self) -> tuple[LocalBackend, ...]:
+        return (self._wide, *self._small)
+
+    def _place(self, job: _Job, *, is_lone: bool) -> None:
+        """Cut the job into parts, see the top of this file."""
+        drawing = job.drawing
+        seen = self._seen_of(drawing)
+        if self._may_spread(drawing, seen) and not self._wide_is_taken(but=job):
+            if is_lone and lone_job(seen.trial, n_images=drawing.n_images, n_small=len(self._small)) == "wide":
+                given: Sequence[int] = ()
+            else:
+                given = shares([self._load(engine, seen) for engine in self._small], n_images=drawing.n_images)
+        else:
+            given = ()
+        first = 0
+        for engine, n in zip(self._small, given, strict=False):
+            if n:
+                job.parts.append(_part(engine, drawing, first=first, n=n))
+                first += n
+        if not job.parts:
+            job.parts.append(_part(self._wide, drawing, first=0, n=drawing.n_images))
+
+    def _may_spread(self, drawing: Drawing, seen: _Seen) -> bool:
+        if not self._small or drawing.reproducible:
+            return False
+        if not (self._is_forced or (seen.trial is not None and seen.trial.is_spread)):
+            return False
+        if all(map(_is_ready, self._small)):
+            return True
+        self._want_small()  # not for this job, which would have to wait for them
+        return False
+
+    def _wide_is_taken(self, *, but: _Job) -> bool:
+        """Whether the wide engine draws something that only it may draw."""
+        others = [job for job in self._jobs.values() if job is not but and job.parts[0].engine is self._wide]
+        return any(not self._may_spread(job.drawing, self._seen_of(job.drawing)) for job in others)
+
+    def _load(self, engine: LocalBackend, seen: _Seen) -> Load:
+        steps_left: dict[_Kind, list[int]] = {}
+        for job in self._jobs.values():
+            for part in job.parts:
+                if part.engine is engine:
+                    steps_left.setdefault(_kind(part.drawing), []).extend(left for left in part.left if left)
+        work_s = 0.0
+        for kind, left in steps_left.items():
+            work_s += _work_s(self._seen[kind].trial, left)
+        steps = seen.like.steps
+        return Load(work_s=work_s, each_s=_work_s(seen.trial, [steps, steps]) - _work_s(seen.trial, [steps]))
+
+    def _seen_of(self, drawing: Drawing) -> _Seen:
+        kind = _kind(drawing)
+        seen = self._seen.get(kind)
+        if seen is None:
+            trial = self._notes.find(drawing, setting=self._setting) if self._small and not self._is_forced else None
+            seen = self._seen[kind] = _Seen(drawing, float("inf"), trial)
+        seen.like = drawing
+        return seen
+
+    # ---------------------------------------------------------------------------------------------------- one job
+
+    async def _draw(self, job: _Job, on_progress: OnProgress | None) -> list[ImageResult]:
+        """The results of all parts, in the order of the pictures; the first failure ends the others."""
+        if len(job.parts) == 1:
+            return [await self._draw_part(job, job.parts[0], on_progress)]
+        tasks = [asyncio.create_task(self._draw_part(job, part, on_progress)) for part in job.parts]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
+            if failed is not None:
+                await failed
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _draw_part(self, job: _Job, part: _Part, on_progress: OnProgress | None) -> ImageResult:
+        def forward(progress: Progress) -> None:
+            part.left[progress.image_index] = progress.n_steps - progress.step
+            part.eta_s = progress.eta_s
+            if on_progress is not None:
+                eta_s = max((p.eta_s for p in job.parts if p.eta_s is not None), default=None)
+                index = part.first + progress.image_index
+                on_progress(replace(progress, job_id=job.drawing.job_id, image_index=index, eta_s=eta_s))
+
+        while True:
+            if job.is_cancelled:
+                raise JobCancelled(f"job {job.drawing.job_id} was cancelled before it was drawn")
+            try:
+                return await part.engine.generate(part.drawing, forward)
+            except (EngineDied, EngineFailed):
+                # A small engine that cannot be started again (memory, mostly) hands its part to the wide one.
+                is_lost = part.engine is not self._wide and part.engine.capabilities().state == "unavailable"
+                if self._is_closed or not is_lost:
+                    raise
+                log.warning(
+                    "a small engine is lost, the wide one draws its part", extra={"job_id": part.drawing.job_id}
+                )
+                part.engine = self._wide
+                # Another part may come there too.
+                part.drawing = replace(part.drawing, job_id=JobId(f"{job.drawing.job_id}/{part.first}"))
+
+    def _note(self, drawing: Drawing, result: ImageResult) -> None:
+        """How long a step of a job took that had the machine to itself, on the wide engine or a small one."""
+        seen = self._seen_of(drawing)
+        denoise_s = result.timings_s.get("denoise")
+        if denoise_s is not None:
+            seen.step_s = min(seen.step_s, denoise_s / (drawing.steps * drawing.n_images))
+
+    # ------------------------------------------------------------------------------------- small engines and trials
+
+    def _want_small(self) -> None:
+        """Start the small engines, unless they run, this is no CPU, or the memory does not hold them."""
+        if self._n_failed_starts >= _MOST_FAILED_STARTS or self._is_closed or _runs(self._starting):
+            return
+        self._why_not_small = self._refusal()
+        if not self._why_not_small and not all(map(_is_ready, self._small)):
+            self._starting = asyncio.create_task(self._start_small(), name="small engines")
+
+    async def _start_small(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for engine in self._small:
+                    tasks.create_task(engine.start())
+        except* SdfleetError as group:
+            self._n_failed_starts += 1
+            self._why_not_small = str(group.exceptions[0])
+            log.warning("small engines could not be started, the wide one draws", extra={"why": self._why_not_small})
+
+    def _refusal(self) -> str:
+        """Why there can be no small engines now; "" if there can."""
+        facts = self._wide.capabilities().facts
+        if facts.get("device") in {"cuda", "mps"}:
+            return f"one engine owns the {facts['device']} device"
+        missing = [engine for engine in self._small if not _is_ready(engine)]
+        weights_bytes = cast("int", facts.get("resident_bytes", 0))
+        needed_bytes = len(missing) * (_ENGINE_BYTES + weights_bytes)
+        free_bytes = self._free_bytes()
+        if self._limit_bytes is not None:
+            free_bytes = min(free_bytes, self._limit_bytes - weights_bytes)
+        if needed_bytes > free_bytes * _SHARE_OF_FREE:
+            return (
+                f"{len(missing)} more engines take {needed_bytes / 1e9:.1f} GB, and may take "
+                f"{_SHARE_OF_FREE:.0%} of the {free_bytes / 1e9:.1f} GB that are free"
+            )
+        return ""
+
+    def _consider(self) -> None:
+        """With nothing to draw, see whether there is something to try; begins after a pause."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if self._jobs or self._is_closed or _runs(self._trying):
+            return
+        if self._wants_small_soon() or self._to_try() is not None:
+            self._pause = asyncio.get_running_loop().call_later(self._pause_s, self._use_pause)
+
+    def _wants_small_soon(self) -> bool:
+        """Whether the small engines will be needed, by what was drawn so far, and do not stand yet."""
+        needed = any(self._is_forced or (s.trial is not None and s.trial.is_spread) for s in self._seen.values())
+        is_asked = self._starting is not None
+        return bool(self._small) and needed and not is_asked and _is_ready(self._wide)
+
+    def _use_pause(self) -> None:
+        self._pause = None
+        if self._wants_small_soon():
+            self._want_small()
+        elif (seen := self._to_try()) is not None and not _runs(self._trying):
+            self._trying = asyncio.create_task(self._try(seen), name="trial of engines")
+
+    def _to_try(self) -> _Seen | None:
+        if self._is_forced or not self._small or not _is_ready(self._wide) or self._refusal():
+            return None
+        for seen in self._seen.values():
+            executors, is_settled = self._executors(seen.like.checkpoint)
+            is_new = seen.trial is None or seen.trial.executors != executors
+            if seen.step_s <= _LONGEST_STEP_S and is_new and is_settled and executors not in seen.tried_with:
+                return seen
+        return None
+
+    def _executors(self, checkpoint: str) -> tuple[tuple[str, ...], bool]:
+        """What runs the denoiser in each engine, and whether none is about to change it."""
+        names, is_settled = [], True
+        for engine in self._engines:
+            facts = cast("Mapping[str, Mapping[str, object]]", engine.capabilities().facts.get("executors", {}))
+            about = facts.get(checkpoint, {})
+            names.append(str(about.get("executor", "torch")))
+            is_settled = is_settled and bool(about.get("is_settled", True))
+        return tuple(names), is_settled
+
+    async def _try(self, seen: _Seen) -> None:
+        like, told = seen.like, {"checkpoint": seen.like.checkpoint}
+        try:
+            await asyncio.gather(*(engine.start() for engine in self._small))
+            executors, _ = self._executors(like.checkpoint)
+            trial = await timed_trial(self._wide, self._small, like, executors=executors)
+        except* SdfleetError as group:
+            log.warning("engines could not be tried", extra={**told, "why": str(group.exceptions[0])})
+            seen.tried_with.add(self._executors(like.checkpoint)[0])
+        else:
+            seen.trial = trial
+            seen.tried_with.add(executors)
+            self._notes.keep(like, trial, setting=self._setting)
+            log.info("engines chosen", extra={**told, "gain": round(trial.gain, 2), "is_spread": trial.is_spread})
+        finally:
+            self._trying = None
+            self._consider()
+
+    def _stop_trying(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if self._trying is not None:
+            self._trying.cancel()
+
+    def _facts(self, wide: Mapping[str, object]) -> dict[str, object]:
+        """What the wide engine says, and what all of them hold."""
+        facts = dict(wide)
+        told = [each for each in (engine.capabilities().facts for engine in self._small) if each]
+        if told and "checkpoints" in facts:
+            every = [name for each in (wide, *told) for name in cast("Sequence[str]", each.get("checkpoints", ()))]
+            facts["checkpoints"] = list(dict.fromkeys(every))
+            facts["resident_bytes"] = sum(cast("int", each.get("resident_bytes", 0)) for each in (wide, *told))
+        if self._small and wide:
+            facts["engines"] = [
+                {"pid": engine.pid, "state": engine.capabilities().state, "n_running": engine.capabilities().n_running}
+                for engine in self._engines
+            ]
+            facts["engine_trials"] = {f"{k[0]} {k[1]}x{k[2]}": told for k, told in self._trials_told()}
+            facts["why_one_engine"] = self._why_not_small
+        return facts
+
+    def _trials_told(self) -> Iterator[tuple[_Kind, dict[str, object]]]:
+        for kind, seen in self._seen.items():
+            if (trial := seen.trial) is not None:
+                times = {name: round(getattr(trial, f"{name}_s"), 4) for name in _TIMES}
+                yield kind, {"gain": round(trial.gain, 2), "is_spread": trial.is_spread, "seconds": times}
+
+
+_TIMES = ("wide_one", "wide_many", "small_one", "small_many")
+
+
+def _usable_cores() -> list[int]:
+    with contextlib.suppress(AttributeError):  # macOS has no affinity
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _runs(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and not task.done()
+
+
+def _is_ready(engine: Backend) -> bool:
+    return engine.capabilities().state == "ready"
+
+
+def _kind(drawing: Drawing) -> _Kind:
+    return (drawing.checkpoint, drawing.width_px, drawing.height_px)
+
+
+def _work_s(trial: Trial | None, steps_left: Sequence[int]) -> float:
+    return float(sum(steps_left)) if trial is None else trial.work_s(steps_left)
+
+
+def _part(engine: LocalBackend, drawing: Drawing, *, first: int, n: int) -> _Part:
+    own = drawing
+    if n != drawing.n_images:
+        own = replace(drawing, seed=(drawing.seed + first) % _SEEDS, n_images=n)
+    return _Part(engine, own, first, [drawing.steps] * n)
+
+
+def _merged(
+    drawing: Drawing,
+    results: Sequence[ImageResult],
+    *,
+    is_lone: bool,
+    note: Callable[[Drawing, ImageResult], None],
+) -> ImageResult:
+    """One result from those of the parts: pictures in order, times of the part that took longest."""
+    if len(results) == 1:
+        if is_lone:
+            note(drawing, results[0])
+        return replace(results[0], job_id=drawing.job_id, drawing=drawing)
+    phases = dict.fromkeys(name for result in results for name in result.timings_s)
+    return replace(
+        results[0],
+        job_id=drawing.job_id,
+        drawing=drawing,
+        images=tuple(image for result in results for image in result.images),
+        warnings=tuple(dict.fromkeys(text for result in results for text in result.warnings)),
+        timings_s={name: max(result.timings_s.get(name, 0.0) for result in results) for name in phases},
+        rungs=tuple(dict.fromkeys(rung for result in results for rung in result.rungs)),
+    )
