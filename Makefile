@@ -9,6 +9,11 @@ TORCH_INDEX =
 # ALLOW_CUDA=1 installs the CUDA libraries even where no NVIDIA card is seen.
 ALLOW_CUDA =
 
+# Options of the benchmarks' scripts: make bench BENCH_SERVERS="--clients 1 16 --requests 16"
+BENCH_ENGINE =
+BENCH_SERVERS =
+BENCH_GPU =
+
 PROMPT = a red circle to the left of a blue square on a yellow background
 PY = .venv/bin/python
 INSTALLED = .venv/installed
@@ -29,8 +34,12 @@ test: $(INSTALLED) static wheel ## everything CI runs: check, the slow tests, th
 check: $(INSTALLED) static ## before a commit: format, lint, types, layers, generated docs, default tests
 	@$(PY) -m pytest -m "not slow"
 
-bench: $(INSTALLED) ## measure this machine with the built-in model
-	@$(PY) -m sdfleet bench
+bench: $(INSTALLED) ## this machine: ours against plain diffusers, and our server against two others
+	@$(PY) benchmarks/engine_vs_diffusers.py $(BENCH_ENGINE)
+	@$(PY) benchmarks/serve_bench.py $(BENCH_SERVERS)
+
+bench-gpu: $(INSTALLED) ## an NVIDIA card: published models on random weights, against diffusers on the same card
+	@$(PY) benchmarks/gpu.py $(BENCH_GPU)
 
 starter: $(INSTALLED) ## train the built-in model again, from nothing (hours on a CPU)
 	@$(PY) -m sdfleet train starter
@@ -98,4 +107,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED); \
 	echo "Installed in $$(( $$(date +%s) - start )) s."
 
-.PHONY: help demo test check bench starter docs clean static wheel
+.PHONY: help demo test check bench bench-gpu starter docs clean static wheel
