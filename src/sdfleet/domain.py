@@ -13,8 +13,17 @@ from typing import Literal, NewType
 from sdfleet.errors import BrokenPicture, InvalidValue
 
 JobId = NewType("JobId", str)
+OutputId = NewType("OutputId", str)
+OwnerId = NewType("OwnerId", str)
 Task = Literal["txt2img", "img2img", "inpaint"]
 T5Use = Literal["auto", "keep", "skip"]
+StepCache = Literal["off", "light", "strong"]
+PictureFormat = Literal["png", "jpeg", "webp"]
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+Scope = Literal["generate", "manage", "read"]
+
+# Who asks where no key is asked for: the person at this machine.
+LOCAL_OWNER = OwnerId("local")
 
 MAX_SEED = 2**64 - 1
 # The largest side any family we serve was trained near is 1536; past 4096 a latent no longer fits consumer memory.
@@ -24,8 +33,8 @@ SIDE_MULTIPLE_PX = 8
 MAX_STEPS = 1000
 MAX_IMAGES = 64
 MAX_GUIDANCE = 100.0
-# A prompt past this is a mistake or an attack: 16 000 characters are about 50 chunks of 75 tokens.
-MAX_PROMPT_CHARS = 16_000
+# The longest that the OpenAI API takes; about 100 chunks of 75 tokens.
+MAX_PROMPT_CHARS = 32_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +64,7 @@ class ImageRequest:
     mask: white is drawn anew, black is kept; same size as `image`.
     reproducible: the picture's rows run alone, so that not even rounding depends on neighbours.
     allow_degraded: after an out-of-memory the picture may be made smaller instead of failing.
+    step_cache: leave network calls out and guess their answers; changes the picture, see docs/modes.md.
     """
 
     prompt: str
@@ -73,6 +83,7 @@ class ImageRequest:
     t5: T5Use = "auto"
     reproducible: bool = False
     allow_degraded: bool = False
+    step_cache: StepCache = "off"
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt, may_be_empty=False)
@@ -168,6 +179,7 @@ class Drawing:
     t5: T5Use = "auto"
     reproducible: bool = False
     allow_degraded: bool = False
+    step_cache: StepCache = "off"
     resize_to: tuple[int, int] | None = None
     wants_previews: bool = False
 
@@ -224,3 +236,134 @@ class ImageResult:
     device: str = ""
     dtype: str = ""
     rungs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks: a key, or the person at this machine.
+
+    max_queued: most jobs of this owner that may wait at once; None: only the limit of the whole queue.
+    rate_per_minute: most requests for pictures in a minute; None: what holds for everybody.
+    """
+
+    owner: OwnerId = LOCAL_OWNER
+    name: str = "local"
+    scopes: frozenset[Scope] = frozenset({"generate", "manage", "read"})
+    max_queued: int | None = None
+    rate_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """Where the end of a job is told. secret: signs the body (HMAC-SHA256); None: the server's own signing secret."""
+
+    url: str
+    secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idempotency:
+    """One request that may arrive twice. `fingerprint`: hash of everything it asks for; `key` alone is not trusted."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A request on its way to become a job: what is asked, by whom, and how the answer is to look.
+
+    dialect: name of the wire API it came through. client: address of the caller, for the log.
+    priority: higher is drawn first, -100 to 100. deadline_s: seconds from now after which nobody wants it any more.
+    format, quality: how finished pictures are stored and answered; quality 1-100 for jpeg and webp.
+    label: free text of the caller (OpenAI's `user`), never interpreted. tags: as in `metadata.tags`.
+    traceparent: W3C Trace Context of the caller, so that the job is a part of the caller's trace.
+    """
+
+    request: ImageRequest
+    caller: Caller = field(default_factory=Caller)
+    dialect: str = "native"
+    client: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    format: PictureFormat = "png"
+    quality: int | None = None
+    idempotency: Idempotency | None = None
+    webhook: Webhook | None = None
+    label: str = ""
+    tags: tuple[str, ...] = ()
+    traceparent: str = ""
+    wants_previews: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One finished picture in the store."""
+
+    id: OutputId
+    job_id: JobId
+    index: int
+    seed: int
+    width_px: int
+    height_px: int
+    format: PictureFormat
+    n_bytes: int
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request with an id and a state, as the store remembers it. Times are seconds since 1970.
+
+    request: nothing left open (seed, size, steps, guidance, sampler, strength are filled in), so that it is the same
+    after any restart. attempts: how often drawing was begun. error: set when failed or cancelled.
+    timings_s, device, dtype, rungs: of the last drawing, when done.
+    """
+
+    id: JobId
+    submission: Submission
+    state: JobState
+    created_s: float
+    started_s: float | None = None
+    finished_s: float | None = None
+    attempts: int = 0
+    outputs: tuple[Output, ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: Mapping[str, str] | None = None
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    rungs: tuple[str, ...] = ()
+
+    @property
+    def request(self) -> ImageRequest:
+        """What is drawn."""
+        return self.submission.request
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will happen to it, unless somebody asks for another try."""
+        return self.state in {"done", "failed", "cancelled"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """Where a job stands now. queue_position: 1 is next; None once it runs. step, n_steps: over all its pictures."""
+
+    job: Job
+    queue_position: int | None = None
+    eta_s: float | None = None
+    step: int = 0
+    n_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """Something happened to a job. `progress` (with a preview, if wanted) comes with steps of its pictures.
+
+    number: counts up from 1 for every job, so that a reader who lost the connection can go on.
+    """
+
+    number: int
+    status: JobStatus
+    progress: Progress | None = None

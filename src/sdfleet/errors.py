@@ -15,7 +15,23 @@
     ├── EngineDied                 the process that owns the device ended during the job
     ├── EngineFailed               the engine met a fault while drawing one picture
     ├── JobCancelled               somebody asked for the job to stop
-    └── OutputNotWritable          the finished picture could not be saved
+    ├── OutputNotWritable          the finished picture could not be saved
+    ├── StorageError               the database of jobs cannot be used: not opened, too new, not writable
+    ├── AccessError                who asks may not
+    │   ├── NotAuthenticated       no key, or one that is not known here
+    │   └── NotAllowed             the key is good but not for this; or the page that asks is not ours
+    ├── NotFound                   no job, picture or route of that name
+    ├── NotAcceptable              a body too large, a method that is not there, a media type we do not read
+    │   ├── TooLarge
+    │   └── MethodNotAllowed
+    ├── Conflict                   the same Idempotency-Key with another request; a job that cannot be retried
+    ├── Busy                       not now: try again after `retry_after_s`
+    │   ├── QueueFull
+    │   ├── RateLimited
+    │   ├── NotReady               the model is still being loaded
+    │   ├── ShuttingDown
+    │   └── StoreUnavailable       the database is locked, full or away; nothing was accepted
+    └── DeadlineExceeded           the job was not done by the time its caller gave it
 
 Each class carries `code` (stable, for programs), `http_status`, and a `hint` (what to do next).
 """
@@ -166,6 +182,117 @@ class OutputNotWritable(SdfleetError):
     http_status = 507
 
 
+class StorageError(SdfleetError):
+    """The database where jobs and keys are kept cannot be used until a person has done something about it."""
+
+    code = "storage_error"
+
+
+class AccessError(SdfleetError):
+    """Who asks may not."""
+
+    code = "access_denied"
+    http_status = 403
+
+
+class NotAuthenticated(AccessError):
+    """No key came along, or one that is not known here."""
+
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class NotAllowed(AccessError):
+    """The caller is known but may not do this."""
+
+    code = "not_allowed"
+
+
+class NotFound(SdfleetError):
+    """No job, picture or route of that name, or none that this caller may see."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class NotAcceptable(SdfleetError):
+    """A request that is refused before it is read."""
+
+    code = "not_acceptable"
+    http_status = 400
+
+
+class TooLarge(NotAcceptable):
+    """A body, a file or a picture above a limit."""
+
+    code = "too_large"
+    http_status = 413
+
+
+class MethodNotAllowed(NotAcceptable):
+    """The route exists, but not with this method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class Conflict(SdfleetError):
+    """The request does not fit what is already here."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class Busy(SdfleetError):
+    """Not now. `retry_after_s` says when to try again."""
+
+    code = "busy"
+    http_status = 503
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Busy):
+    """As many jobs wait as may."""
+
+    code = "queue_full"
+    http_status = 429
+
+
+class RateLimited(Busy):
+    """This key asks more often than it may."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+
+class NotReady(Busy):
+    """The model is still being loaded."""
+
+    code = "not_ready"
+
+
+class ShuttingDown(Busy):
+    """The server is stopping; what it has accepted goes on after its next start."""
+
+    code = "shutting_down"
+
+
+class StoreUnavailable(Busy):
+    """The database cannot be read or written now. What it had accepted before is not lost."""
+
+    code = "store_unavailable"
+
+
+class DeadlineExceeded(SdfleetError):
+    """The job was not done by the time its caller gave it."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+
+
 def _subclasses(cls: type[SdfleetError]) -> Iterable[type[SdfleetError]]:
     yield cls
     for child in cls.__subclasses__():
@@ -178,4 +305,6 @@ def from_wire(wire: dict[str, str]) -> SdfleetError:
     cls = by_code.get(wire["code"], SdfleetError)
     error = cls.__new__(cls)
     SdfleetError.__init__(error, wire["message"], hint=wire["hint"])
+    if isinstance(error, Busy):
+        error.retry_after_s = 1.0
     return error

@@ -210,3 +210,11 @@ def test_a_picture_without_notes_has_no_metadata(format: Format) -> None:
 def test_resize_keeps_the_kind_of_picture() -> None:
     mask = Picture(width_px=4, height_px=4, mode="L", data=bytes(16))
     assert resize(mask, width_px=8, height_px=16) == Picture(width_px=8, height_px=16, mode="L", data=bytes(128))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (100, 64), (64, 64), (24, 160)])
+def test_a_picture_is_fitted_as_the_engine_fits_those_it_draws_in_another_shape(size: tuple[int, int]) -> None:
+    from sdfleet.engine import pixels
+
+    picture = _gradient()
+    assert pictures.fit(picture, width_px=size[0], height_px=size[1]) == pixels.fitted(picture, *size)

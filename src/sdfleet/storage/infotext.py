@@ -44,6 +44,7 @@ class Metadata(BaseModel):
     strength: float | None = None
     t5: Literal["auto", "keep", "skip"] | None = None
     reproducible: bool | None = None
+    step_cache: Literal["off", "light", "strong"] | None = None
     job_id: str | None = None
     image_index: int | None = None
     device: str | None = None

@@ -117,6 +117,7 @@ def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = 
         strength=drawing.strength if drawing.image is not None else None,
         t5=drawing.t5 if drawing.t5 != "auto" else None,
         reproducible=finished.reproducible,
+        step_cache=drawing.step_cache if drawing.step_cache != "off" else None,
         job_id=result.job_id,
         image_index=index,
         device=result.device or None,
@@ -148,7 +149,7 @@ def _write_all(contents: Sequence[bytes], files: Sequence[Path], *, may_replace:
     placed: list[Path] = []
     try:
         for content, file in zip(contents, files, strict=True):
-            temporary.append(_write_beside(file, content))
+            temporary.append(write_beside(file, content))
         for source, file in zip(temporary, files, strict=True):
             _place(source, file, may_replace=may_replace)
             placed.append(file)
@@ -162,7 +163,7 @@ def _write_all(contents: Sequence[bytes], files: Sequence[Path], *, may_replace:
                 source.unlink(missing_ok=True)
 
 
-def _write_beside(file: Path, content: bytes) -> Path:
+def write_beside(file: Path, content: bytes) -> Path:
     """A finished temporary file in the folder where it is going, so that the rename is one step."""
     # Not mkstemp: its files are readable by their owner alone, a picture gets what the umask gives any new file.
     path = file.parent / f".sdfleet-{secrets.token_hex(8)}.part"

@@ -63,6 +63,40 @@ def decode_mask(data: bytes) -> Picture:
     return _picture(_rgb(image).convert("L"), mode="L")
 
 
+def decode_alpha_mask(data: bytes) -> Picture:
+    """A mask out of transparency: 255 (drawn anew) where the picture is clear, 0 (kept) where it is solid.
+
+    Raises as `decode`, also for a picture without transparency.
+    """
+    image = _open(data)
+    with contextlib.suppress(*_DECODER_FAULTS):
+        image = ImageOps.exif_transpose(image)
+    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+        raise BrokenPicture("it has no transparency", hint="make the part to be drawn anew transparent, save it as PNG")
+    return _picture(ImageOps.invert(image.convert("RGBA").getchannel("A")), mode="L")
+
+
+def decode_opaque_mask(data: bytes) -> Picture:
+    """A mask as AUTOMATIC1111's clients send it: white is drawn anew; with transparency, what is solid is drawn anew.
+
+    Raises as `decode`.
+    """
+    image = _open(data)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return _picture(alpha, mode="L")
+    return _picture(_rgb(image).convert("L"), mode="L")
+
+
+def read_infotext(data: bytes) -> str:
+    """The A1111 infotext in a picture file as it stands there, or nothing. Raises as `read_metadata`."""
+    try:
+        return _read_texts(_open(data, with_pixels=False))[1]
+    except _DECODER_FAULTS:
+        return ""
+
+
 def resize(picture: Picture, *, width_px: int, height_px: int) -> Picture:
     """The picture at another size."""
     if (picture.width_px, picture.height_px) == (width_px, height_px):
@@ -71,8 +105,32 @@ def resize(picture: Picture, *, width_px: int, height_px: int) -> Picture:
     return _picture(image, mode=picture.mode)
 
 
-def encode(picture: Picture, format: Format, metadata: Metadata | None = None) -> bytes:
-    """The picture as a file; with metadata, `read_metadata` gives it back."""
+def fit(picture: Picture, *, width_px: int, height_px: int) -> Picture:
+    """The RGB picture as large as fits, in the middle; what is left over continues its outermost pixels.
+
+    What `engine.pixels.fitted` does to finished pictures, for previews of them.
+    """
+    scale = min(width_px / picture.width_px, height_px / picture.height_px)
+    inner_px = max(1, round(picture.width_px * scale)), max(1, round(picture.height_px * scale))
+    inner = _image(resize(picture, width_px=inner_px[0], height_px=inner_px[1]))
+    left, above = (width_px - inner.width) // 2, (height_px - inner.height) // 2
+    whole = Image.new(inner.mode, (width_px, height_px))
+    # One side's margins are empty, the scale sees to that; the last row (column) is drawn out to the margin's size.
+    for margin, edge in (
+        ((0, 0, left, height_px), (0, 0, 1, inner.height)),
+        ((left + inner.width, 0, width_px, height_px), (inner.width - 1, 0, inner.width, inner.height)),
+        ((0, 0, width_px, above), (0, 0, inner.width, 1)),
+        ((0, above + inner.height, width_px, height_px), (0, inner.height - 1, inner.width, inner.height)),
+    ):
+        size = margin[2] - margin[0], margin[3] - margin[1]
+        if all(size):
+            whole.paste(inner.crop(edge).resize(size), margin[:2])
+    whole.paste(inner, (left, above))
+    return _picture(whole, mode=picture.mode)
+
+
+def encode(picture: Picture, format: Format, metadata: Metadata | None = None, *, quality: int | None = None) -> bytes:
+    """The picture as a file; with metadata, `read_metadata` gives it back. quality: 1-100, of jpeg and webp."""
     image = _image(picture)
     file = io.BytesIO()
     match format:
@@ -83,10 +141,10 @@ def encode(picture: Picture, format: Format, metadata: Metadata | None = None) -
             exif = _exif(metadata, has_json=False)
             # Too long for EXIF: the comment segments still hold everything.
             fits = len(exif) < _SEGMENT_BYTES
-            image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif if fits else b"")
+            image.save(file, "JPEG", quality=quality or JPEG_QUALITY, subsampling=0, exif=exif if fits else b"")
             return _with_comments(file.getvalue(), b"" if metadata is None else metadata.to_json().encode())
         case "webp":
-            image.save(file, "WEBP", quality=WEBP_QUALITY, method=4, exif=_exif(metadata, has_json=True))
+            image.save(file, "WEBP", quality=quality or WEBP_QUALITY, method=4, exif=_exif(metadata, has_json=True))
             return file.getvalue()
 
 
@@ -102,9 +160,11 @@ def read_metadata(data: bytes) -> Metadata | None:
         # Damaged notes in a picture that can be read: the same as no notes.
         return None
     found = from_json(ours) if ours else None
-    if found is not None:
-        return found
-    return parse(infotext) if infotext else None
+    noted = parse(infotext) if infotext else None
+    if found is None or noted is None or noted.sampler == found.sampler:
+        return found or noted
+    # A1111's name of the sampler stands in the infotext alone.
+    return found.model_copy(update={"sampler_label": noted.sampler})
 
 
 def _open(data: bytes, *, with_pixels: bool = True) -> Image.Image:
