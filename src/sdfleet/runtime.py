@@ -79,10 +79,15 @@ class Runtime:
         """
         return await self.draw(await self.prepare(request, wants_previews=wants_previews), on_progress=on_progress)
 
-    async def prepare(self, request: ImageRequest, *, wants_previews: bool = False) -> Prepared:
-        """The drawing a request stands for, without drawing it. Raises as `generate` does before it loads."""
+    async def prepare(
+        self, request: ImageRequest, *, wants_previews: bool = False, job_id: JobId | None = None
+    ) -> Prepared:
+        """The drawing a request stands for, without drawing it. Raises as `generate` does before it loads.
+
+        job_id: of a job that has one already, from before a restart; None makes one.
+        """
         # Looking at cards, headers and pixels reads files and runs Pillow: not on the event loop.
-        return await asyncio.to_thread(self._prepare, request, wants_previews=wants_previews)
+        return await asyncio.to_thread(self._prepare, request, wants_previews=wants_previews, job_id=job_id)
 
     async def draw(self, prepared: Prepared, *, on_progress: Callable[[Progress], None] | None = None) -> ImageResult:
         """The second half of `generate`, for callers who have something to check in between. Draw it once only.
@@ -103,6 +108,14 @@ class Runtime:
             timings_s={**result.timings_s, "total": spent_s},
         )
 
+    async def start(self) -> None:
+        """Have the backend stand ready before the first job. Raises what a first job would have met."""
+        await self._backend.start()
+
+    async def watch(self, job_id: JobId, *, previews: bool) -> None:
+        """Start or stop the previews of a job that is being drawn; unknown ids are ignored."""
+        await self._backend.watch(job_id, previews=previews)
+
     async def cancel(self, job_id: JobId) -> None:
         """Let the job's `generate` raise JobCancelled; unknown ids are ignored."""
         await self._backend.cancel(job_id)
@@ -111,7 +124,7 @@ class Runtime:
         """End the backend; may be called twice."""
         await self._backend.close()
 
-    def _prepare(self, request: ImageRequest, *, wants_previews: bool) -> Prepared:
+    def _prepare(self, request: ImageRequest, *, wants_previews: bool, job_id: JobId | None = None) -> Prepared:
         entry = self.catalog.resolve(request.model)
         card = entry.card
         sampler = str(parse_sampler(request.sampler or card.sampler))
@@ -127,7 +140,7 @@ class Runtime:
         if drawn != size:
             warnings.append(_how_resized(card, drawn, size, has_image=request.image is not None))
         drawing = Drawing(
-            job_id=JobId(secrets.token_hex(6)),
+            job_id=JobId(secrets.token_hex(6)) if job_id is None else job_id,
             checkpoint=str(entry.folder),
             family=card.family,
             prompt=request.prompt,
@@ -146,17 +159,33 @@ class Runtime:
             t5=t5,
             reproducible=request.reproducible,
             allow_degraded=request.allow_degraded,
+            step_cache=request.step_cache,
             resize_to=size if drawn != size else None,
             wants_previews=wants_previews,
         )
-        return Prepared(drawing=drawing, entry=entry, warnings=tuple(warnings))
+        resolved = replace(
+            request,
+            model=card.name,
+            width_px=size[0],
+            height_px=size[1],
+            steps=drawing.steps,
+            guidance=guidance if request.guidance is None else request.guidance,
+            seed=seed,
+            sampler=sampler,
+            strength=None if request.image is None else drawing.strength,
+        )
+        return Prepared(drawing=drawing, request=resolved, entry=entry, warnings=tuple(warnings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A request with nothing left open, and what its caller should be told."""
+    """A request with nothing left open, and what its caller should be told.
+
+    request: what was asked, with every choice filled in; preparing it again gives the same drawing and warnings.
+    """
 
     drawing: Drawing
+    request: ImageRequest
     entry: Entry
     warnings: tuple[str, ...]
 
@@ -277,7 +306,7 @@ def _warn_of_ignored(request: ImageRequest, card: Card, *, guidance: float, warn
         warnings.append(f"the negative prompt has no effect at guidance {guidance:g}; use more than 1")
     used = {
         "negative_prompt": bool(request.negative_prompt),
-        "guidance": request.guidance is not None,
+        "guidance": request.guidance not in {None, card.guidance},
         "image": request.image is not None,
         "mask": request.mask is not None,
     }

@@ -1,0 +1,71 @@
+"""Whether the default model stands ready: started, loaded and warmed up, with the steps it took to get there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from sdfleet.domain import ImageRequest
+from sdfleet.errors import NotReady, SdfleetError
+from sdfleet.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+# What a caller is told to wait while the model is loaded; the built-in one takes two or three seconds.
+RETRY_AFTER_S = 2.0
+
+
+class Readiness:
+    """Loads the default model behind HTTP, once, at the start of the server."""
+
+    def __init__(self, runtime: Runtime, *, model: str) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._steps: list[str] = []
+        self._begun_s = time.monotonic()
+        self.is_loading = True
+        self._has_ended = asyncio.Event()
+        self.error: str | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Loaded and warmed up. When that failed, jobs are taken all the same and tell why."""
+        return not self.is_loading and self.error is None
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was done so far, each with the seconds since the start."""
+        return tuple(self._steps)
+
+    def check(self) -> None:
+        """Raise NotReady while the model is being loaded."""
+        if self.is_loading:
+            now = self._steps[-1] if self._steps else "starting"
+            raise NotReady(
+                f"the model is being loaded: {now}", retry_after_s=RETRY_AFTER_S, hint="try again in a few seconds"
+            )
+
+    async def wait(self) -> None:
+        """Return when loading has ended, well or not."""
+        await self._has_ended.wait()
+
+    async def load(self) -> None:
+        """Start the engine and draw one picture of the default model, for nobody, in as few steps as it takes."""
+        try:
+            self._note("starting the engine")
+            await self._runtime.start()
+            self._note(f"loading {self._model}")
+            await self._runtime.generate(ImageRequest(prompt="warm-up", model=self._model, steps=1, seed=0))
+            self._note(f"{self._model} is loaded")
+        except SdfleetError as exc:
+            self.error = str(exc)
+            self._note(f"failed: {exc}")
+            log.warning("the default model cannot be loaded", extra={"model": self._model, "why": str(exc)})
+        finally:
+            self.is_loading = False
+            self._has_ended.set()
+
+    def _note(self, step: str) -> None:
+        self._steps.append(f"{time.monotonic() - self._begun_s:.1f} s: {step}")
+        log.info("getting ready", extra={"step": step})
