@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sdfleet.settings import Settings
-
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(
     r"(?:<!--\s*skip:\s*(?P<skip>[^>]*?)\s*-->\s*\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -77,11 +75,6 @@ def test_readme_has_blocks_to_run() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(BLOCKS) == page.count("\n```") // 2
     assert any(block.kind == "bash" and "sdfleet" in block.text and not block.skip for block in BLOCKS)
-
-
-def test_every_setting_is_in_the_readme() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in Settings.model_fields if f"`SD_{name.upper()}`" not in page] == []
 
 
 def test_every_linked_file_exists() -> None:

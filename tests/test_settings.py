@@ -8,7 +8,7 @@ import pytest
 
 from sdfleet.compose import engine_options
 from sdfleet.errors import InvalidValue
-from sdfleet.settings import load_settings, read_terminal
+from sdfleet.settings import load_settings, read_terminal, table
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,73 @@ def test_a_terminal_is_described_by_its_variables() -> None:
     assert not terminal.is_ci
     assert read_terminal({"CI": "true"}).is_ci
     assert read_terminal({"COLUMNS": "wide"}).columns is None
+
+
+def test_the_file_is_weaker_than_the_environment_and_both_than_an_argument(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sdfleet.toml").write_text('model = "from-file"\nport = 1\nhost = "::1"\n')
+    monkeypatch.setenv("SD_PORT", "2")
+    settings = load_settings(host="127.0.0.2")
+    assert (settings.model, settings.port, settings.host) == ("from-file", 2, "127.0.0.2")
+
+
+def test_a_name_of_another_program_is_stronger_than_the_file_and_weaker_than_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sdfleet.toml").write_text('model = "from-file"\n')
+    monkeypatch.setenv("SD_MODEL_ID", "theirs")
+    assert load_settings().model == "theirs"
+    monkeypatch.setenv("SD_MODEL", "ours")
+    assert load_settings().model == "ours"
+
+
+def test_names_without_a_prefix_are_read_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODE", "eco")
+    monkeypatch.setenv("API_KEY", "k")
+    assert load_settings().memory_mode == "auto"
+    server = load_settings(for_server=True)
+    assert server.memory_mode == "eco"
+    assert server.api_key is not None
+    assert server.api_key.get_secret_value() == "k"
+
+
+def test_an_unknown_name_in_the_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "sdfleet.toml").write_text("max_queue = 3\n")
+    with pytest.raises(InvalidValue, match="max_queued"):
+        load_settings()
+
+
+def test_a_slip_in_a_variable_is_refused_but_another_programs_variable_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_WEBUI_URL", "http://127.0.0.1")
+    load_settings()
+    monkeypatch.setenv("SD_HOTS", "::1")
+    with pytest.raises(InvalidValue, match="SD_HOST"):
+        load_settings()
+
+
+@pytest.mark.parametrize("text", ["port = ", "port = 'x'", "\x00"])
+def test_a_broken_file_is_told_by_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sdfleet.toml").write_text(text)
+    with pytest.raises(InvalidValue, match=r"sdfleet\.toml"):
+        load_settings()
+
+
+def test_a_file_that_was_named_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SD_CONFIG", str(tmp_path / "nowhere.toml"))
+    with pytest.raises(InvalidValue, match="SD_CONFIG"):
+        load_settings()
+
+
+def test_a_secret_is_never_repeated_in_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sdfleet.toml").write_text("api_key = 12345678\n")
+    with pytest.raises(InvalidValue) as refused:
+        load_settings()
+    assert "12345678" not in str(refused.value)
+    monkeypatch.setenv("SD_API_KEY", "geheim")
+    assert "geheim" not in repr(load_settings())
+
+
+def test_every_setting_stands_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert table() in page

@@ -1,20 +1,31 @@
-"""What the environment says: the only file that reads it.
+"""What a person can set for a whole machine: the only file that reads the environment.
 
-Every setting is `SD_<NAME>`; an argument given to `load_settings` wins over the environment.
+Every setting has one name. What wins, strongest first:
+
+    1. an option of the command line         sdfleet serve --port 8000
+    2. the environment                        SD_PORT=8000
+    3. names that other programs use for it   SD_OUTPUT_DIR, and for the server API_KEY, LOGLEVEL, MODE ...
+    4. the file                               port = 8000 in sdfleet.toml, which lies in the data folder or is SD_CONFIG
+    5. the default
+
+A name in the file that does not exist is refused, with the nearest one; so is a variable that looks like a slip of the
+pen. Other variables that begin with SD_ belong to other programs and mean nothing here.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from platformdirs import user_data_path
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sdfleet.errors import InvalidValue
 
@@ -41,7 +52,13 @@ def _folder(value: object) -> object:
     return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
 
 
+def _names(value: object) -> object:
+    """`a, b` as a tuple of names."""
+    return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+
+
 Folder = Annotated[Path, BeforeValidator(_folder)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
 def _default_home() -> Path:
@@ -49,33 +66,89 @@ def _default_home() -> Path:
 
 
 class Settings(BaseSettings):
-    """Everything a person can set for a whole machine; each field is `SD_<FIELD>` in the environment.
+    """Everything a person can set for a whole machine; `docs/settings.md` is made from it."""
 
-    home: imported cards, outputs and logs. outputs: finished pictures; None puts them into `home/outputs`.
-    backend: "fake" makes up pictures without a model, for testing what stands around it.
-    device, dtype, memory_mode, max_rows, memory_limit (bytes), threads, executor: as in `engine.events.EngineOptions`.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="SD_", env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SD_", env_ignore_empty=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     home: Folder = Field(default_factory=_default_home)
+    """Imported cards, the database of jobs, caches and logs."""
     outputs: Folder | None = None
+    """Finished pictures; in `home/outputs` when not set."""
+    model_dir: Folder | None = None
+    """Cards of imported models; in `home/models` when not set."""
     model: str = "starter"
+    """The model where a request names none."""
+    default_backend: Annotated[Literal["auto", "sd", "flux-local"], BeforeValidator(_lower)] = "auto"
+    """Which kind of model a request that names neither may be drawn by; others are refused."""
     backend: Annotated[Literal["local", "fake"], BeforeValidator(_lower)] = "local"
+    """`local` draws; `fake` makes up pictures without a model, for testing what stands around it."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], BeforeValidator(_lower)] = "auto"
+    """Where to draw."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_lower)] = "auto"
+    """Number format of the weights; `auto` takes the fastest that this machine computes well."""
     memory_mode: Annotated[Literal["auto", "fast", "eco"], BeforeValidator(_lower)] = "auto"
+    """`fast` keeps everything on the device, `eco` as little as it can."""
     max_rows: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Most rows of one step batch; found by measuring when not set."""
     memory_limit: Annotated[int, BeforeValidator(_bytes), Field(ge=2**20)] | None = None
+    """Most memory the engine may plan with, for example `8GiB`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    executor: Annotated[Literal["auto", "torch", "openvino"], BeforeValidator(_lower)] = "auto"
-    log_level: Annotated[LogLevel, BeforeValidator(_lower)] = "warning"
+    """Threads of the engine on a CPU; all cores when not set."""
+    executor: Annotated[Literal["auto", "torch", "openvino", "int8"], BeforeValidator(_lower)] = "auto"
+    """What runs the denoiser on a CPU; `auto` tries what is installed and takes the faster one."""
+    engines: Annotated[int, Field(ge=1, le=64)] | Annotated[Literal["auto"], BeforeValidator(_lower)] = "auto"
+    """On a CPU, how many engine processes small models are spread over; auto: where that was measured to gain."""
+    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(_lower)] = "auto"
+    """Whether the denoiser is compiled (`torch.compile`); `auto` does so on CUDA."""
+    log_level: Annotated[LogLevel, BeforeValidator(_lower)] | None = None
+    """How much is told; `warning` for commands and `info` for the server when not set."""
     log_json: bool = False
+    """Log lines as JSON objects."""
+    host: str = "127.0.0.1"
+    """Address the server listens on. Anything but loopback needs a key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    """Port the server listens on; 0 takes a free one."""
+    api_key: SecretStr | None = None
+    """A key with every scope, beside those of `sdfleet keys`."""
+    public_url: str | None = None
+    """What links in answers begin with, where the server stands behind another name."""
+    allowed_hosts: Names = ()
+    """Names the server may be called by, beside loopback and `host`; separated by commas."""
+    allowed_origins: Names = ()
+    """Pages of other sites that may call the server from a browser; separated by commas."""
+    database_url: SecretStr | None = None
+    """Where jobs are kept, for example `postgresql://user@host/name`; a SQLite file in `home` when not set."""
+    max_pictures: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Pictures that are drawn at once; more wait in line, where priorities and fairness decide."""
+    max_queued: Annotated[int, Field(ge=1)] = 1000
+    """Jobs that may wait; more are answered with 429."""
+    max_body: Annotated[int, BeforeValidator(_bytes), Field(ge=2**10)] = 64 * 2**20
+    """Bytes of one request."""
+    rate_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Requests for pictures per key and minute; as many as it likes when not set."""
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Longest that a route which waits for its picture may take; for ever when not set."""
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    """After SIGTERM, how long jobs that are being drawn may go on; the others go on after the next start."""
+    cancel_on_disconnect: bool = True
+    """Whether a caller who leaves a waiting route takes the job along."""
+    allow_image_urls: bool = False
+    """Whether input pictures may be named by URL."""
+    allow_private_urls: bool = False
+    """Whether such URLs, and webhooks, may lead into private networks."""
+    otel_endpoint: str | None = None
+    """An OpenTelemetry collector that is told of every job (OTLP over HTTP), for example `http://localhost:4318`."""
+    keep_outputs_days: Annotated[float, Field(gt=0)] | None = None
+    """Finished pictures older than this are removed; kept for ever when not set."""
+    keep_jobs_days: Annotated[float, Field(gt=0)] | None = None
+    """Jobs older than this are removed; kept for ever when not set."""
 
     @property
     def models_folder(self) -> Path:
         """Where the cards of imported checkpoints are kept."""
-        return self.home / "models"
+        return self.model_dir or self.home / "models"
 
     @property
     def outputs_folder(self) -> Path:
@@ -93,19 +166,121 @@ class Settings(BaseSettings):
         return self.home / "logs"
 
 
-def load_settings(**given: object) -> Settings:
-    """The settings of this machine; `given` fields that are not None win over the environment.
+CONFIG_FILE = "sdfleet.toml"
+MAX_CONFIG_BYTES = 2**20
+# What the same thing is called elsewhere.
+OTHER_NAMES = {"SD_OUTPUT_DIR": "outputs", "SD_MODEL_ID": "model"}
+# Names without a prefix mean something else in many a shell; only the server reads them.
+SERVER_NAMES = {
+    "API_KEY": "api_key",
+    "LOGLEVEL": "log_level",
+    "MAX_CONCURRENCY": "max_pictures",
+    "MODE": "memory_mode",
+    "MODEL_DIR": "model_dir",
+}
+# Variables of ours that are no settings.
+_BESIDE = frozenset({"SD_CONFIG"})
+# How alike a variable must be to a setting to be taken for a slip: SD_HOTS is, another program's SD_WEBUI_URL is not.
+_SLIP = 0.8
 
-    Raises InvalidValue, naming the variable and what it may hold.
+
+def load_settings(*, for_server: bool = False, **given: object) -> Settings:
+    """The settings of this machine; `given` fields that are not None win over all else.
+
+    for_server: also read the names without a prefix that other image servers use.
+    Raises InvalidValue, naming where the value came from and what it may hold.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    sources = {name: name for name in chosen}
+    environ = {name: value for name, value in os.environ.items() if value}
+    _refuse_slips(environ)
+    others = OTHER_NAMES | (SERVER_NAMES if for_server else {})
+    for variable, field in others.items():
+        if variable in environ and field not in chosen and f"SD_{field.upper()}" not in environ:
+            chosen[field], sources[field] = environ[variable], variable
+    home = chosen.get("home") or environ.get("SD_HOME") or _default_home()
+    for field, value in _read_config(Path(environ.get("SD_CONFIG") or Path(str(home)) / CONFIG_FILE), environ).items():
+        if field not in chosen and f"SD_{field.upper()}" not in environ:
+            chosen[field], sources[field] = value, f"{CONFIG_FILE}: {field}"
     try:
         return Settings(**chosen)  # type: ignore[arg-type]
     except ValidationError as exc:
         fault = exc.errors()[0]
         name = str(fault["loc"][0]) if fault["loc"] else "settings"
-        field = name if name in chosen else f"SD_{name.upper()}"
-        raise InvalidValue(field, f"{fault['input']!r} {_reason(fault['type'], fault['msg'])}") from exc
+        shown = "the value" if name in _SECRETS else repr(fault["input"])
+        source = sources.get(name, f"SD_{name.upper()}")
+        raise InvalidValue(source, f"{shown} {_reason(fault['type'], fault['msg'])}") from exc
+
+
+_SECRETS = frozenset({"api_key", "database_url"})
+
+
+def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in the file; none where there is no file, unless SD_CONFIG names it. Raises InvalidValue."""
+    source = "SD_CONFIG" if "SD_CONFIG" in environ else CONFIG_FILE
+    try:
+        with path.expanduser().open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES).decode()
+    except FileNotFoundError as exc:
+        if "SD_CONFIG" in environ:
+            raise InvalidValue(source, f"there is no file {path}") from exc
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidValue(source, f"{path} cannot be read: {exc}") from exc
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise InvalidValue(source, f"{path} is not TOML: {exc}") from exc
+    for name in found:
+        if name not in Settings.model_fields:
+            near = get_close_matches(name.lower(), Settings.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see docs/settings.md"
+            raise InvalidValue(f"{CONFIG_FILE}: {name}", "there is no such setting", hint=hint)
+    return found
+
+
+def _refuse_slips(environ: Mapping[str, str]) -> None:
+    """Raise InvalidValue for a variable that is nearly one of ours."""
+    known = {f"SD_{name.upper()}" for name in Settings.model_fields} | OTHER_NAMES.keys() | _BESIDE
+    for variable in environ:
+        if not variable.startswith("SD_") or variable in known:
+            continue
+        near = get_close_matches(variable, known, n=1, cutoff=_SLIP)
+        if near:
+            raise InvalidValue(variable, "there is no such setting", hint=f"did you mean {near[0]}?")
+
+
+def table() -> str:
+    """The settings as a table in Markdown; the body of docs/settings.md.
+
+    >>> print(table().splitlines()[0])
+    | in sdfleet.toml | in the environment | default | what it does |
+    """
+    also: dict[str, list[str]] = {}
+    for variable, meant in (OTHER_NAMES | SERVER_NAMES).items():
+        also.setdefault(meant, []).append(variable)
+    lines = ["| in sdfleet.toml | in the environment | default | what it does |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        names = ", ".join(f"`{variable}`" for variable in (f"SD_{name.upper()}", *also.get(name, ())))
+        default = "the data folder of your system" if name == "home" else _shown(field.default)
+        choices = choices_of(field.annotation)
+        text = (field.description or "") + (f" One of {', '.join(f'`{c}`' for c in choices)}." if choices else "")
+        lines.append(f"| `{name}` | {names} | {default} | {text} |")
+    return "\n".join(lines)
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The values of a setting that is one of a few words."""
+    found = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return found
+    return next((inner for part in found if (inner := choices_of(part))), ())
+
+
+def _shown(default: object) -> str:
+    if default is None or default == ():
+        return ""
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
 def _reason(kind: str, message: str) -> str:

@@ -94,6 +94,13 @@ def test_options_win_over_like(run: Run) -> None:
     assert run("show", found["images"][0]["path"], "--json").json["prompt"] == "a cat"
 
 
+def test_a_step_cache_is_noted_in_the_picture_and_repeated_with_it(run: Run) -> None:
+    assert run("generate", "a fox", "--step-cache", "light", "-o", "x.png", "--json").json["step_cache"] == "light"
+    assert run("show", "x.png", "--json").json["step_cache"] == "light"
+    assert run("generate", "--like", "x.png", "--json").json["step_cache"] == "light"
+    assert run("generate", "--like", "x.png", "--step-cache", "off", "--json").json["step_cache"] == "off"
+
+
 def test_like_needs_the_picture_it_was_drawn_from(run: Run, tmp_path: Path) -> None:
     start = _write(tmp_path / "start.png")
     run("generate", "a fox", "--image", start, "--strength", "0.5", "-o", "x.png")

@@ -48,13 +48,13 @@ def say_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def start(**given: object) -> Settings:
+def start(*, default_log_level: str = "warning", for_server: bool = False, **given: object) -> Settings:
     """The settings for this command, with logging as they say. `given` wins over the environment."""
     from sdfleet.observe import start_logging
     from sdfleet.settings import load_settings
 
-    settings = load_settings(**given)
-    start_logging(settings.log_level, as_json=settings.log_json)
+    settings = load_settings(for_server=for_server, **given)
+    start_logging(settings.log_level or default_log_level, as_json=settings.log_json)
     return settings
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdfleet import __version__
-from sdfleet.cli import bench, catalog, generate, train
+from sdfleet.cli import bench, catalog, generate, jobs, keys, outputs, serve, train
 
 app = typer.Typer(
     name="sdfleet",
@@ -22,7 +22,11 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("show")(generate.show)
+app.command("serve")(serve.serve)
 app.add_typer(catalog.app, name="models")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
+app.add_typer(outputs.app, name="outputs")
 app.command("bench")(bench.bench)
 app.add_typer(train.app, name="train")
 

@@ -1,0 +1,199 @@
+"""The server: every dialect over one desk, one handler for every fault.
+
+    Tracing (request id, log line) -> CORS -> Access (who asks) -> Limits (how much) -> the routes of the dialects
+
+`create_app(settings)` builds it; nothing is opened before the app starts, and HTTP answers while the model is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sdfleet import __version__, compose
+from sdfleet.api import a1111, a1111_lists, bfl, herd, jobs, links, native, ollama, openai, system
+from sdfleet.api.access import Access, Doorkeeper, RateLimit, is_loopback
+from sdfleet.api.answering import ClientLeft, Waiting
+from sdfleet.api.dialect import BadBody, Dialect
+from sdfleet.api.limits import Limits, Tracing
+from sdfleet.errors import MethodNotAllowed, NotAcceptable, NotFound, SdfleetError
+from sdfleet.settings import Settings
+
+# The longest prefix wins; what no line names is answered as our own API.
+DIALECTS: dict[str, Dialect] = {
+    "/v1/": openai.DIALECT,
+    "/v1/flux-": bfl.DIALECT,
+    "/v1/get_result": bfl.DIALECT,
+    "/v1/credits": bfl.DIALECT,
+    "/sdapi/": a1111.DIALECT,
+    "/api/": ollama.DIALECT,
+    "/api/jobs": jobs.DIALECT,
+    "/api/outputs": jobs.DIALECT,
+    "/api/txt2img": native.DIALECT,
+    "/api/img2img": native.DIALECT,
+    "/api/backends": native.DIALECT,
+    "/fleet/": ollama.DIALECT,
+    "/dashboard/": ollama.DIALECT,
+    "/generate": native.SIMPLE_DIALECT,
+}
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect that answers on a path, also when no route is there.
+
+    >>> dialect_of("/v1/images/generations").name, dialect_of("/v1/flux-dev").name, dialect_of("/nowhere").name
+    ('openai', 'bfl', 'native')
+    """
+    found = max((prefix for prefix in DIALECTS if path.startswith(prefix)), key=len, default="")
+    return DIALECTS.get(found, native.DIALECT)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole server as an ASGI app; its lifespan opens and closes everything it stands on."""
+    app = FastAPI(
+        title="sdfleet",
+        version=__version__,
+        summary="Stable Diffusion and FLUX on your own machines, in the dialects that clients already speak.",
+        lifespan=_lifespan,
+        middleware=[
+            Middleware(Tracing, dialect_of=dialect_of),
+            # Before the keys: a browser asks first whether it may, without one, and reads the answers to faults too.
+            *_cors(settings),
+            Middleware(Access, dialect_of=dialect_of),
+            Middleware(Limits, dialect_of=dialect_of, max_body=settings.max_body),
+        ],
+        # Ours says what happened in the dialect of the path; the framework's own page of a validation fault would not.
+        exception_handlers={
+            SdfleetError: _answer_fault,
+            RequestValidationError: _answer_fault,
+            HTTPException: _answer_fault,
+            ClientLeft: _answer_nobody,
+        },
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.settings = settings
+    app.state.fault = None
+    for router in (
+        openai.router, a1111.router,
+        a1111_lists.router, ollama.router, herd.router, bfl.router, native.router, jobs.router,
+        links.router, system.router,
+    ):  # fmt: skip
+        app.include_router(router)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    admin_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+    async with (
+        _noting_fault(app),
+        compose.server(settings, job_body=jobs.body_of) as house,
+        asyncio.TaskGroup() as tasks,
+    ):
+        app.state.house = house
+        app.state.waiting = Waiting()
+        app.state.rate_limit = RateLimit(per_minute=settings.rate_per_minute)
+        app.state.doorkeeper = Doorkeeper(
+            keys=house.keys,
+            admin_key=admin_key,
+            is_public=not is_loopback(settings.host),
+            hosts=frozenset({settings.host.lower(), *(name.lower() for name in settings.allowed_hosts)}),
+            origins=frozenset(settings.allowed_origins),
+        )
+        running: set[asyncio.Task[None]] = set()
+
+        def background(work: Coroutine[Any, Any, None]) -> None:
+            """Do something that no answer waits for; it ends with the server."""
+            task = tasks.create_task(work)
+            running.add(task)
+            task.add_done_callback(running.discard)
+
+        app.state.background = background
+        background(house.readiness.load())
+        # A server whose desk has died would take jobs that nobody draws: it ends with the desk instead.
+        background(house.desk.stand())
+        try:
+            yield
+        finally:
+            await drain(app)
+            for task in running:
+                task.cancel()
+
+
+async def drain(app: FastAPI) -> None:
+    """Take no more jobs and give those that run SD_DRAIN_S; whoever still waits then is told that the server stops.
+
+    Callers that are torn away from now on do not take their jobs along: those go on after the next start.
+    """
+    app.state.background = _drop
+    house: compose.House = app.state.house
+    await house.desk.close()
+
+
+@contextlib.asynccontextmanager
+async def _noting_fault(app: FastAPI) -> AsyncIterator[None]:
+    """Keep what the app cannot start with, or dies of: whoever serves it must know, and ASGI carries only a text."""
+    try:
+        yield
+    except BaseException as exc:
+        app.state.fault = exc
+        raise
+
+
+def _drop(work: Coroutine[Any, Any, None]) -> None:
+    work.close()
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    if not settings.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    ]
+
+
+async def _answer_fault(request: Request, exc: Exception) -> Response:
+    return dialect_of(request.url.path).error(_as_ours(exc, request))
+
+
+async def _answer_nobody(_request: Request, _exc: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _as_ours(exc: Exception, request: Request) -> SdfleetError:
+    match exc:
+        case SdfleetError():
+            return exc
+        case RequestValidationError():
+            issues = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in exc.errors()]
+            name = ".".join(str(part) for part in issues[0]["loc"][1:]) or "request"
+            return BadBody(f"{name}: {issues[0]['msg']}", issues=issues)
+        case HTTPException(status_code=404):
+            return NotFound(f"there is no route {request.url.path[:200]}", hint="see /openapi.json")
+        case HTTPException(status_code=405):
+            return MethodNotAllowed(f"{request.method} is not a method of {request.url.path[:200]}")
+        case HTTPException():
+            error = NotAcceptable(str(exc.detail))
+            error.http_status = exc.status_code
+            return error
+        case _:
+            raise exc

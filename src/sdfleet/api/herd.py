@@ -1,0 +1,305 @@
+"""The routes of Ollama Herd's clients: one PNG by POST, who can draw what, how it went, and the fleet (of one)."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from typing import Annotated, Any
+
+import psutil
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sdfleet import __version__
+from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.answering import house_of, submit_and_wait
+from sdfleet.api.asked import client_of, model_named, sides_of
+from sdfleet.api.bodies import described, json_body
+from sdfleet.api.native import drawing_s
+from sdfleet.api.ollama import DIALECT, FAULTS
+from sdfleet.compose import House
+from sdfleet.domain import ImageRequest, Submission
+from sdfleet.errors import CheckpointError, InvalidValue, NotFound, OutOfMemory, SdfleetError, UnknownName
+
+router = APIRouter(tags=["herd"], responses=FAULTS)
+
+STATS_WINDOW_S = 24 * 3600.0
+MAX_TAGS = 32
+MAX_TAG_CHARS = 100
+BYTES_PER_GB = 2**30
+
+
+class RenderFailed(SdfleetError):
+    """The picture could not be drawn; what Herd's clients know as 502."""
+
+    code = "render_failed"
+    http_status = 502
+
+
+class Metadata(BaseModel):
+    """What the caller notes about a request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tags: list[str] = Field(default_factory=list)
+
+
+class GenerateImageAsked(BaseModel):
+    """One picture. What is left out comes from the model's card."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str = ""
+    prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    negative_prompt: str | None = ""
+    quantize: int | str | None = None
+    metadata: Metadata | None = None
+    user: str | None = None
+
+
+@router.post(
+    "/api/generate-image",
+    openapi_extra=described(GenerateImageAsked),
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+)
+async def generate_image(
+    request: Request, asked: Annotated[GenerateImageAsked, Depends(json_body(GenerateImageAsked))]
+) -> Response:
+    """A PNG; its headers say who drew it, how long that took, and the seed."""
+    house = house_of(request)
+    for name in ("model", "prompt"):
+        if not getattr(asked, name).strip():
+            raise InvalidValue(name, f"{name} is required", hint="see /api/image-models for models")
+    model = await _model(house, asked.model)
+    width, height = sides_of(asked.width, asked.height)
+    picture = ImageRequest(
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt or "",
+        model=model,
+        width_px=width,
+        height_px=height,
+        steps=asked.steps,
+        guidance=asked.guidance,
+        seed=None if asked.seed is None or asked.seed < 0 else asked.seed,
+    )
+    submission = Submission(
+        request=picture,
+        caller=caller_of(request),
+        dialect=DIALECT.name,
+        client=client_of(request),
+        label=(asked.user or "")[:256],
+        tags=_tags(request, asked),
+    )
+    try:
+        job = await submit_and_wait(request, submission)
+    except SdfleetError as exc:
+        if exc.http_status in {SdfleetError.http_status, OutOfMemory.http_status}:
+            raise RenderFailed(f"the picture could not be drawn: {exc.message}", hint=exc.hint) from exc
+        raise
+    output = job.outputs[0]
+    wait_s = max(0.0, (job.started_s or job.created_s) - job.created_s)
+    headers = {
+        "X-Fleet-Node": node_id(),
+        "X-Fleet-Model": job.request.model,
+        "X-Fleet-Served-Model": job.request.model,
+        "X-Fleet-Requested-Model": _header(asked.model),
+        "X-Fleet-Fallback": "false",
+        "X-Fleet-Backend": "image",
+        "X-Fleet-Retries": str(max(0, job.attempts - 1)),
+        "X-Generation-Time": str(round(drawing_s(job) * 1000)),
+        "X-Queue-Time": str(round(wait_s * 1000)),
+        "X-Seed": str(output.seed),
+        "X-Job-Id": job.id,
+    }
+    if job.warnings:
+        headers["X-Warnings"] = _header("; ".join(job.warnings))
+    return Response(await house.desk.picture(output), media_type="image/png", headers=headers)
+
+
+def _header(text: str) -> str:
+    """Text that a header may hold."""
+    return text.encode("ascii", "replace").decode().replace("\r", " ").replace("\n", " ")[:500]
+
+
+async def _model(house: House, name: str) -> str:
+    try:
+        entry = await asyncio.to_thread(house.catalog.resolve, model_named(house, name))
+    except (UnknownName, CheckpointError) as exc:
+        here = ", ".join(entry.card.name for entry in await asyncio.to_thread(house.catalog.entries))
+        raise NotFound(f"model {name[:80]!r} is not available on any node", hint=f"available: {here}") from exc
+    return entry.card.name
+
+
+def _tags(request: Request, asked: GenerateImageAsked) -> tuple[str, ...]:
+    given = [tag.strip() for tag in request.headers.get("x-herd-tags", "").split(",")]
+    given += asked.metadata.tags if asked.metadata is not None else []
+    return tuple(dict.fromkeys(tag[:MAX_TAG_CHARS] for tag in given if tag))[:MAX_TAGS]
+
+
+@router.get("/api/image-models")
+async def image_models(request: Request) -> dict[str, list[dict[str, Any]]]:
+    """The models that draw, and where they are."""
+    check_right(caller_of(request), "read")
+    entries = await asyncio.to_thread(house_of(request).catalog.entries)
+    return {
+        "models": [
+            {"name": entry.card.name, "type": "image", "backend": "local", "fleet_nodes": [node_id()]}
+            for entry in entries
+        ]
+    }
+
+
+@router.get("/dashboard/api/image-stats")
+async def image_stats(request: Request, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> dict[str, Any]:
+    """What was drawn in the last 24 hours, as the store remembers it."""
+    check_right(caller_of(request), "read")
+    stats = await house_of(request).store.image_stats(since_s=time.time() - STATS_WINDOW_S, n_recent=limit)
+    n_total = stats.n_done + stats.n_failed
+    return {
+        "total": n_total,
+        "completed": stats.n_done,
+        "failed": stats.n_failed,
+        "avg_generation_ms": round((stats.avg_generation_s or 0.0) * 1000, 1),
+        "by_node": {node_id(): n_total} if n_total else {},
+        "by_model": dict(stats.by_model),
+        "recent": [
+            {
+                "timestamp": recent.finished_s,
+                "model": recent.model,
+                "node_id": node_id(),
+                "status": "completed" if recent.state == "done" else "failed",
+                "generation_ms": None if recent.generation_s is None else round(recent.generation_s * 1000, 1),
+                "width": recent.width_px,
+                "height": recent.height_px,
+                "error": recent.error,
+            }
+            for recent in stats.recent
+        ],
+    }
+
+
+@router.get("/fleet/status")
+async def fleet_status(request: Request) -> dict[str, Any]:
+    """The fleet: this machine, and nothing else."""
+    check_right(caller_of(request), "read")
+    house = house_of(request)
+    queues = await _queues(house)
+    models = [entry.card.name for entry in await asyncio.to_thread(house.catalog.entries)]
+    standing = house.runtime.capabilities()
+    load = house.desk.load()
+    loaded = standing.facts.get("checkpoints")
+    n_loaded = len(loaded) if isinstance(loaded, list | tuple) else 0
+    is_online = standing.state not in {"unavailable", "closed"}
+    node: dict[str, Any] = {
+        "node_id": node_id(),
+        "status": "online" if is_online else "degraded",
+        **await asyncio.to_thread(_hardware),
+        "ollama_url": "",
+        "ollama": {
+            "models_loaded": [],
+            "models_available": [],
+            "requests_active": load.n_running,
+            "version": __version__,
+        },
+        "models_loaded_count": n_loaded,
+        "free_slots": max(0, house.settings.max_queued - load.n_queued),
+    }
+    if models:  # absent, not null, where nothing draws
+        node["image"] = {
+            "models_available": [{"name": name, "binary": "sdfleet"} for name in models],
+            "generating": load.n_running > 0,
+        }
+    return {
+        "fleet": {
+            "nodes_total": 1,
+            "nodes_online": int(is_online),
+            "models_loaded": n_loaded,
+            "requests_active": load.n_running,
+        },
+        "nodes": [node],
+        "queues": queues,
+        "timestamp": time.time(),
+    }
+
+
+@router.get("/fleet/queue")
+async def fleet_queue(request: Request) -> dict[str, Any]:
+    """How much waits, and how long a request that comes now would."""
+    check_right(caller_of(request), "read")
+    house = house_of(request)
+    load = house.desk.load()
+    counts = await house.store.counts()
+    return {
+        "queue_depth": load.n_queued + load.n_running,
+        "pending": load.n_queued,
+        "in_flight": load.n_running,
+        "completed": counts.get("done", 0),
+        "failed": counts.get("failed", 0),
+        "estimated_wait_ms": None if load.wait_s is None else round(load.wait_s * 1000),
+        "nodes_online": 1,
+        "queues": await _queues(house),
+        "timestamp": time.time(),
+    }
+
+
+async def _queues(house: House) -> dict[str, Any]:
+    """One queue for each model that had work in the last day, as Herd names them: `node:model:latest`."""
+    stats = await house.store.image_stats(since_s=time.time() - STATS_WINDOW_S, n_recent=1)
+    counts = await house.store.counts_by_model(since_s=time.time() - STATS_WINDOW_S)
+    node = node_id()
+    queues = {}
+    for model in sorted({*stats.by_model, *counts}):
+        by_state = counts.get(model, {})
+        queues[f"{node}:{model}:latest"] = {
+            "node_id": node,
+            "model": f"{model}:latest",
+            "pending": by_state.get("queued", 0),
+            "in_flight": by_state.get("running", 0),
+            "completed": by_state.get("done", 0),
+            "failed": by_state.get("failed", 0),
+            "concurrency": 1,
+            "request_type": "image",
+            "avg_latency_ms": round((stats.avg_generation_s or 0.0) * 1000, 1),
+        }
+    return queues
+
+
+def node_id() -> str:
+    """This machine's name in the fleet."""
+    return platform.node().partition(".")[0] or "localhost"
+
+
+def _hardware() -> dict[str, Any]:
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    used = memory.total - memory.available
+    share = used / memory.total
+    return {
+        "hardware": {
+            "memory_total_gb": round(memory.total / BYTES_PER_GB, 2),
+            "cores_physical": cores,
+            "chip": platform.processor() or platform.machine(),
+            "memory_bandwidth_gbps": 0.0,
+            "arch": platform.machine(),
+        },
+        "cpu": {"cores_physical": cores, "utilization_pct": psutil.cpu_percent()},
+        "memory": {
+            "total_gb": round(memory.total / BYTES_PER_GB, 2),
+            "used_gb": round(used / BYTES_PER_GB, 2),
+            "available_gb": round(memory.available / BYTES_PER_GB, 2),
+            "pressure": "critical" if share > 0.95 else "warn" if share > 0.85 else "normal",
+            "wired_gb": 0,
+            "compressed_gb": 0,
+            "swap_used_gb": round(swap.used / BYTES_PER_GB, 2),
+            "swap_total_gb": round(swap.total / BYTES_PER_GB, 2),
+        },
+    }
