@@ -19,6 +19,7 @@ from sdfleet import starter
 from sdfleet.engine.components import Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.networks.choice import own_network
+from sdfleet.engine.networks.layers import GroupNorm
 from sdfleet.errors import BrokenCheckpoint
 
 Checkpoints = Callable[[str], Path]
@@ -338,3 +339,32 @@ def test_modules_are_ready_to_draw_in_the_format_asked_for(checkpoints: Checkpoi
         assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
         assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"cpu"}
         assert not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("side", [8, 31, 33])
+@pytest.mark.parametrize("channels", [64, 640])
+def test_a_group_norm_is_torchs_own_in_either_layout_and_keeps_the_layout(channels: int, side: int) -> None:
+    ours = GroupNorm(16, channels)
+    theirs = torch.nn.GroupNorm(16, channels)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    x = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(3))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        answer = ours(x.contiguous(memory_format=layout))
+        assert answer.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(answer, theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_small_channels_last_map_never_meets_the_slow_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    real = torch.nn.functional.group_norm
+
+    def noted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        given.append(x.is_contiguous())
+        return real(x, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "group_norm", noted)
+    norm = GroupNorm(16, 64)
+    norm.load_state_dict(torch.nn.GroupNorm(16, 64).state_dict(), assign=True)
+    for side in (16, 32):
+        norm(torch.zeros(2, 64, side, side).contiguous(memory_format=torch.channels_last))
+    assert given == [True, False]

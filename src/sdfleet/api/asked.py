@@ -14,7 +14,7 @@ from sdfleet.api.bodies import decoded, decoded_mask, from_base64
 from sdfleet.api.fetching import fetch_picture, is_url
 from sdfleet.catalog.cards import Family
 from sdfleet.compose import House
-from sdfleet.domain import MAX_SEED, ImageRequest, Picture, PictureFormat, Submission, Webhook
+from sdfleet.domain import MAX_SEED, ImageRequest, Picture, PictureFormat, StepCache, Submission, Webhook
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
 # Where people say which engine they want, they mean one of these; the first two are this machine's own.
@@ -58,6 +58,7 @@ class PictureFields(BaseModel):
     strength: Annotated[float | None, Field(validation_alias=AliasChoices("strength", "denoising_strength"))] = None
     t5: Literal["auto", "keep", "skip"] = "auto"
     reproducible: bool = False
+    step_cache: StepCache = "off"
     allow_degraded: bool = False
     backend: str | None = None
     output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
@@ -110,6 +111,7 @@ async def to_submission(request: Request, asked: PictureFields, *, dialect: str,
         mask=mask,
         t5=asked.t5,
         reproducible=asked.reproducible,
+        step_cache=asked.step_cache,
         allow_degraded=asked.allow_degraded,
     )
     facts: dict[str, Any] = {

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, needs
 from sdfleet.api.answering import house_of, submit, submit_and_wait
 from sdfleet.api.asked import client_of
 from sdfleet.api.bodies import decoded, decoded_alpha_mask, decoded_mask, described, json_body
@@ -113,6 +113,7 @@ class _Given:
 
 @router.post(
     "/v1/images/generations",
+    dependencies=[needs("generate")],
     response_model=ImagesAnswer,
     responses=_ANSWERS,
     openapi_extra=described(Generation),
@@ -122,10 +123,15 @@ async def generations(request: Request, asked: Annotated[Generation, Depends(jso
     return await _answer(request, asked, _Given(prompt=asked.prompt), kind="image_generation")
 
 
-@router.post("/v1/images/edits", response_model=ImagesAnswer, responses=_ANSWERS, openapi_extra=_described_twice(Edit))
+@router.post(
+    "/v1/images/edits",
+    dependencies=[needs("generate")],
+    response_model=ImagesAnswer,
+    responses=_ANSWERS,
+    openapi_extra=_described_twice(Edit),
+)
 async def edits(request: Request) -> Response:
     """A picture drawn anew after a prompt; with a mask, only where the mask is transparent. Form or JSON."""
-    check_right(caller_of(request), "generate")
     asked, files = await read(request, Edit)
     given = await _given(files, prompt=asked.prompt, strength=asked.strength)
     if given.strength is None and asked.input_fidelity == "high" and given.mask is None:
@@ -136,13 +142,13 @@ async def edits(request: Request) -> Response:
 
 @router.post(
     "/v1/images/variations",
+    dependencies=[needs("generate")],
     response_model=ImagesAnswer,
     responses=_ANSWERS,
     openapi_extra=_described_twice(Variation),
 )
 async def variations(request: Request) -> Response:
     """Pictures like another one, each with its own seed. Without a prompt, the one noted in the picture is taken."""
-    check_right(caller_of(request), "generate")
     asked, files = await read(request, Variation)
     given = await _given(files, prompt=asked.prompt, strength=asked.strength)
     if not asked.prompt:
@@ -190,7 +196,6 @@ def _entry(house: House, name: str | None) -> Entry:
 
 async def _answer(request: Request, asked: Asked, given: _Given, *, kind: Kind) -> Response:
     """Submit what was asked and answer with it: as events, as one picture, or as JSON."""
-    check_right(caller_of(request), "generate")
     house = house_of(request)
     raw = None if asked.stream or asked.n != 1 else picture_accepted(request.headers.get("accept", ""))
     format = raw if raw is not None and "output_format" not in asked.model_fields_set else asked.format

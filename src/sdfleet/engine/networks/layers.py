@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# See `_is_slow`: what decides in torch 2.13, and from how many channels a group is walked in whole vectors.
+_FAST_FROM_PX = 1024
+_FAST_FROM_CHANNELS = 16
 
 
 class _Empty:
@@ -38,4 +43,21 @@ class LayerNorm(_Empty, nn.LayerNorm):
 
 
 class GroupNorm(_Empty, nn.GroupNorm):
-    """A normalisation over groups of channels, empty."""
+    """A normalisation over groups of channels, empty. The answer is laid out in memory as the question is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] of the same, or [b, c, n]."""
+        if not _is_slow(x, self.num_groups):
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def _is_slow(x: Tensor, n_groups: int) -> bool:
+    """Whether torch's kernel for channels-last tensors would take much longer than the other one and two copies.
+
+    Under 1024 pixels it walks each group's few channels one by one: 3.6 ms instead of 0.17 for 32 rows of 96 channels
+    in 32 groups at 16x16, bfloat16, on two cores of a Xeon, 2026-11-21; from 1024 pixels on both take the same.
+    """
+    if x.dim() != 4 or x.device.type != "cpu" or x.is_contiguous():
+        return False
+    return x.shape[2] * x.shape[3] < _FAST_FROM_PX and x.shape[1] // n_groups < _FAST_FROM_CHANNELS
