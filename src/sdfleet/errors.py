@@ -11,6 +11,19 @@
     │   ├── CheckpointNotFound
     │   ├── BrokenCheckpoint       a file is missing, truncated or does not fit its config
     │   └── PickleRefused          a checkpoint format that can run code when it is opened
+    ├── DownloadError              weights could not be got from a hub
+    │   ├── TokenNeeded            the model is gated, and no token was sent
+    │   ├── TokenRefused           the token is wrong or has expired
+    │   ├── TokenTooNarrow         the token is good, but may not read this
+    │   ├── LicenceNotAccepted     the owner wants its licence accepted first
+    │   ├── RepositoryNotFound     misspelt, or private
+    │   ├── RepositoryGone         the hub has taken it down
+    │   ├── HubFileNotFound        the revision or a file of it is not on the hub
+    │   ├── HubOffline             downloads are switched off on this machine
+    │   ├── HubUnreachable         no connection, a time-out, or a fault of the hub
+    │   ├── DownloadDamaged        what arrived is not what the hub had announced
+    │   ├── DiskFull
+    │   └── DownloadCancelled
     ├── OutOfMemory                the device has no room; the engine tries the next rung before it says so
     ├── EngineDied                 the process that owns the device ended during the job
     ├── EngineFailed               the engine met a fault while drawing one picture
@@ -25,9 +38,13 @@
     │   ├── TooLarge
     │   └── MethodNotAllowed
     ├── Conflict                   the same Idempotency-Key with another request; a job that cannot be retried
+    │   ├── ConfirmationRequired   something that nobody has said yes to
+    │   ├── AlreadyPulling         another process is downloading the same model
+    │   └── InUse                  a job needs what is to be removed
     ├── Busy                       not now: try again after `retry_after_s`
     │   ├── QueueFull
     │   ├── RateLimited
+    │   ├── HubRateLimited         the hub wants fewer requests
     │   ├── NotReady               the model is still being loaded
     │   ├── ShuttingDown
     │   └── StoreUnavailable       the database is locked, full or away; nothing was accepted
@@ -144,6 +161,95 @@ class PickleRefused(CheckpointError):
         self.path = path
 
 
+class DownloadError(SdfleetError):
+    """Weights could not be got from a hub."""
+
+    code = "download_error"
+    http_status = 502
+
+
+class TokenNeeded(DownloadError):
+    """The model is gated or private, and no token was sent."""
+
+    code = "hub_token_needed"
+    http_status = 403
+
+
+class TokenRefused(DownloadError):
+    """The hub does not know the token, or not any more."""
+
+    code = "hub_token_refused"
+    http_status = 403
+
+
+class TokenTooNarrow(DownloadError):
+    """The hub knows the token, but it may not read this model."""
+
+    code = "hub_token_too_narrow"
+    http_status = 403
+
+
+class LicenceNotAccepted(DownloadError):
+    """The owner of the weights wants its licence accepted before a download."""
+
+    code = "licence_not_accepted"
+    http_status = 403
+
+
+class RepositoryNotFound(DownloadError):
+    """There is no such model on the hub, or it is private: a hub does not tell which."""
+
+    code = "hub_repository_not_found"
+    http_status = 404
+
+
+class RepositoryGone(DownloadError):
+    """The hub has taken the model down."""
+
+    code = "hub_repository_gone"
+    http_status = 410
+
+
+class HubFileNotFound(DownloadError):
+    """The model is on the hub, but not this revision or not the files that are needed."""
+
+    code = "hub_file_not_found"
+    http_status = 404
+
+
+class HubOffline(DownloadError):
+    """Downloads are switched off on this machine."""
+
+    code = "hub_offline"
+    http_status = 503
+
+
+class HubUnreachable(DownloadError):
+    """No connection to the hub, a time-out, or a fault of its own."""
+
+    code = "hub_unreachable"
+
+
+class DownloadDamaged(DownloadError):
+    """What arrived is not what the hub had announced."""
+
+    code = "download_damaged"
+
+
+class DiskFull(DownloadError):
+    """The disk has no room for the weights. What has arrived is kept for the next try."""
+
+    code = "disk_full"
+    http_status = 507
+
+
+class DownloadCancelled(DownloadError):
+    """Somebody stopped the download. What has arrived is kept for the next try."""
+
+    code = "download_cancelled"
+    http_status = 499
+
+
 class OutOfMemory(SdfleetError):
     """The device has no room for this step.
 
@@ -243,6 +349,24 @@ class Conflict(SdfleetError):
     http_status = 409
 
 
+class ConfirmationRequired(Conflict):
+    """Nobody has said yes to this yet, or only to something else."""
+
+    code = "confirmation_required"
+
+
+class AlreadyPulling(Conflict):
+    """Another process is downloading the same model."""
+
+    code = "already_pulling"
+
+
+class InUse(Conflict):
+    """A job needs what is to be removed."""
+
+    code = "in_use"
+
+
 class Busy(SdfleetError):
     """Not now. `retry_after_s` says when to try again."""
 
@@ -266,6 +390,12 @@ class RateLimited(Busy):
 
     code = "rate_limit_exceeded"
     http_status = 429
+
+
+class HubRateLimited(Busy):
+    """The hub wants fewer requests."""
+
+    code = "hub_rate_limited"
 
 
 class NotReady(Busy):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdfleet.catalog.identify import identify
+from sdfleet.catalog.identify import TO_READ_PIECES, identify
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, SdfleetError, UnsupportedByModel
 from tests.catalog.folders import (
     safetensors,
@@ -194,10 +194,10 @@ def test_a_path_to_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
         identify(path)
 
 
-def test_a_single_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+def test_a_single_file_among_folders_is_told_how_to_become_a_model(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors({"a": (2,)}))
-    with pytest.raises(UnsupportedByModel, match="convert it with diffusers"):
+    with pytest.raises(UnsupportedByModel, match="sdfleet models import FILE"):
         identify(path)
 
 
@@ -235,3 +235,16 @@ def test_what_diffusers_itself_saves_is_identified(checkpoints: Callable[[str], 
     found = identify(checkpoints(name))
     assert found.family == {"sd15": "sd", "sd21": "sd", "klein": "flux2"}.get(name, name.partition("-")[0])
     assert found.n_bytes > 0
+
+
+def test_a_package_that_a_tokenizer_needs_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_flux(tmp_path / "x")
+    identify(folder)
+    monkeypatch.setitem(TO_READ_PIECES, "sentencepiece", "no_such.module")
+    with pytest.raises(BrokenCheckpoint, match=r"tokenizer_2 needs the package sentencepiece, .*pip install"):
+        identify(folder)
+    # With the whole tokenizer in one file, nobody has to read the pieces.
+    (folder / "tokenizer_2/tokenizer.json").write_text("{}")
+    identify(folder)

@@ -39,3 +39,17 @@ def test_an_imported_model_that_reads_with_qwen_draws(
     assert [counted["encoder"] for counted in drawn.json["tokens"]] == ["qwen3"]
     assert drawn.json["warnings"] == []
     assert Path("x.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_single_file_is_imported_and_draws(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import single_files
+
+    monkeypatch.setenv("SD_BACKEND", "local")
+    folder, file = single_files.write("sdxl", tmp_path)
+    imported = run("models", "import", str(file), "--base", str(folder), "--prediction", "epsilon", "--json")
+    assert imported.code == 0, imported.err
+    assert (imported.json["name"], imported.json["family"], imported.json["notes"]) == ("sdxl", "sdxl", [])
+    drawn = run("generate", "a fox", "--model", "sdxl", "--size", "64x64", "--steps", "2", "-o", "x.png", "--json")
+    assert drawn.code == 0, drawn.err
+    assert Path("x.png").stat().st_size > 0

@@ -14,6 +14,9 @@ Ignored = Literal["negative_prompt", "guidance", "image", "mask"]
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+# What people and other programs call a model may be in capitals, have an owner and a tag. It never becomes a path.
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(:[A-Za-z0-9._-]+)?$")]
+RepositoryId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE_PX, multiple_of=SIDE_MULTIPLE_PX)]
 
 
@@ -33,7 +36,10 @@ class Card(BaseModel):
     native_area_px: the area it was trained at. min_side_px, max_side_px: sides it draws well.
     resizes: a size outside these sides is drawn near the native area and resized, with a warning.
     ignores: what has no effect on its pictures; a request that uses one is answered with a warning.
-    folder: absolute path of the weights; absent for those that come inside the package.
+    folder: absolute path of the weights; absent for those that come inside the package or from a hub.
+    hf, modelscope: its repository on Hugging Face and on ModelScope, in the diffusers layout.
+    is_gated: Hugging Face gives it only to accounts that have accepted the licence.
+    architecture: the file of data/architectures that describes it; None: the one of the same name, where there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +48,12 @@ class Card(BaseModel):
     family: Family
     title: str = ""
     licence: str | None = None
-    aliases: tuple[Name, ...] = ()
+    licence_url: str | None = None
+    is_gated: bool = False
+    hf: RepositoryId | None = None
+    modelscope: RepositoryId | None = None
+    architecture: Name | None = None
+    aliases: tuple[Alias, ...] = ()
     width_px: Side
     height_px: Side
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
@@ -72,7 +83,23 @@ class Card(BaseModel):
             raise ValueError("min_side_px is above max_side_px")
         return self
 
+    def answers_to(self, name: str) -> bool:
+        """Whether this model is meant: by its name, an alias or a hub's id, in capitals or not, `:latest` or not.
+
+        >>> card = Card(name="sd15", family="sd", aliases=("x/sd",), hf="Someone/SD-15", width_px=512, height_px=512,
+        ...     steps=30, guidance=7.5, sampler="ddim")
+        >>> [card.answers_to(name) for name in ("sd15:latest", "X/SD", "someone/sd-15", "sd15:other")]
+        [True, True, True, False]
+        """
+        return _plain(name) in {
+            _plain(known) for known in (self.name, self.hf, self.modelscope, *self.aliases) if known
+        }
+
     @property
     def area_px(self) -> int:
         """The area to stay near when the size is ours to choose."""
         return self.native_area_px or self.width_px * self.height_px
+
+
+def _plain(name: str) -> str:
+    return name.casefold().removesuffix(":latest")

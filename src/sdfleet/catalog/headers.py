@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdfleet.errors import BrokenCheckpoint
@@ -29,11 +29,16 @@ BITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """The tensors of one file: `shapes` by tensor name, `bytes_by_dtype` as stored (F16, BF16, F32, ...)."""
+    """The tensors of one file: `shapes` by tensor name, `bytes_by_dtype` as stored (F16, BF16, F32, ...).
+
+    dtypes: by tensor name. metadata: what whoever saved the file wrote beside the tensors.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     bytes_by_dtype: Mapping[str, int]
     n_parameters: int
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path, *, label: str = "") -> Header:
@@ -84,6 +89,7 @@ def _parse(raw: bytes, label: str) -> dict[str, object]:
 
 def _checked(tensors: Mapping[str, object], *, n_data_bytes: int, label: str) -> Header:
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     bytes_by_dtype: dict[str, int] = {}
     n_parameters = end_of_data = 0
     for name, facts in tensors.items():
@@ -93,7 +99,7 @@ def _checked(tensors: Mapping[str, object], *, n_data_bytes: int, label: str) ->
         n_elements = math.prod(shape)
         if end - begin != (n_elements * BITS[dtype] + 7) // 8:
             raise _broken(label, f"is damaged: {name!r} has {end - begin} bytes, not what {dtype} {list(shape)} needs")
-        shapes[name] = shape
+        shapes[name], dtypes[name] = shape, dtype
         bytes_by_dtype[dtype] = bytes_by_dtype.get(dtype, 0) + end - begin
         n_parameters += n_elements
         end_of_data = max(end_of_data, end)
@@ -103,7 +109,14 @@ def _checked(tensors: Mapping[str, object], *, n_data_bytes: int, label: str) ->
         )
     if not shapes:
         raise _broken(label, "holds no weights")
-    return Header(shapes=shapes, bytes_by_dtype=bytes_by_dtype, n_parameters=n_parameters)
+    said = tensors.get("__metadata__")
+    return Header(
+        shapes=shapes,
+        bytes_by_dtype=bytes_by_dtype,
+        n_parameters=n_parameters,
+        dtypes=dtypes,
+        metadata={key: str(value) for key, value in said.items()} if isinstance(said, dict) else {},
+    )
 
 
 def _facts(facts: object, *, name: str, label: str) -> tuple[str, tuple[int, ...], int, int]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from sdfleet.catalog.cards import Family, Ignored
 from sdfleet.catalog.headers import Header, read_header, read_json
+from sdfleet.catalog.single_file.origins import header_within, read_origin
 from sdfleet.domain import MAX_SIDE_PX, SIDE_MULTIPLE_PX
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, UnsupportedByModel
 
@@ -47,6 +49,8 @@ NEEDED: Mapping[Family, tuple[str, ...]] = {
     "flux2": ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
     "zimage": ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
 }
+# What transformers needs to read T5's spiece.model where there is no tokenizer.json, and the name to import it by.
+TO_READ_PIECES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 # What an SDXL refiner does without.
 NOT_OF_A_REFINER = ("text_encoder", "tokenizer")
 # Read when they are here, never missed: T5 may be left out of SD3.
@@ -205,13 +209,7 @@ def _check_is_folder(path: Path) -> None:
     if path.is_file():
         if path.suffix.lower() in PICKLES:
             raise PickleRefused(str(path))
-        if path.suffix.lower() == ".safetensors":
-            read_header(path)
-            raise UnsupportedByModel(
-                f"{path} is a single file, and only folders in the diffusers layout are read",
-                hint="convert it with diffusers' from_single_file() and save_pretrained(), then import that folder",
-            )
-        raise UnsupportedByModel(f"{path} is not a checkpoint", hint="give a folder in the diffusers layout")
+        raise UnsupportedByModel(f"{path} is a file", hint="import it: sdfleet models import FILE")
     if not path.is_dir():
         raise CheckpointNotFound(f"there is nothing at {path}", hint="give the folder that holds model_index.json")
     if (path / "model_index.json").is_file():
@@ -225,8 +223,8 @@ def _check_is_folder(path: Path) -> None:
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if any(name.endswith(".safetensors") for name in names):
         raise UnsupportedByModel(
-            f"{path} holds single-file weights and no model_index.json; only the diffusers layout is read",
-            hint="convert it with diffusers' from_single_file() and save_pretrained(), then import that folder",
+            f"{path} holds files of weights and no model_index.json",
+            hint="import one of the files: sdfleet models import FILE",
         )
     if pickles:
         raise PickleRefused(str(path / pickles[0]))
@@ -313,13 +311,34 @@ def _tokenizer(folder: Path, *, class_name: str, faults: list[str]) -> Component
     parts = ("spiece.model",) if class_name.startswith("T5") else ("vocab.json", "merges.txt")
     missing = [] if has_whole else [name for name in parts if not (folder / name).is_file()]
     faults.extend(f"{folder.name}/{name} is missing" for name in missing)
+    if not has_whole and "spiece.model" in parts:
+        faults.extend(
+            f"{folder.name} needs the package {package}, which is not installed (pip install {package})"
+            for package, module in TO_READ_PIECES.items()
+            if not _can_import(module)
+        )
     config = _config(folder / "tokenizer_config.json", faults)
     if missing or config is None:
         return None
     return Component(name=folder.name, class_name=class_name, config=config)
 
 
+def _can_import(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _weights(folder: Path, faults: list[str]) -> list[Header]:
+    try:
+        origin = read_origin(folder)
+        if origin is not None and origin.n_file_bytes is not None:
+            return [header_within(origin.path, folder.name)]
+    except BrokenCheckpoint as exc:
+        faults.append(exc.message)
+        return []
+    folder = folder if origin is None else origin.path
     names = sorted(child.name for child in folder.iterdir() if child.is_file())
     indexes = [name for name in names if re.search(r"\.safetensors\.index(\.\w+)?\.json$", name)]
     plain = [name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors") if name in names]

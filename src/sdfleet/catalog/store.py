@@ -1,6 +1,8 @@
-"""Which checkpoints exist on this machine: those inside the package, and folders somebody imported.
+"""Which checkpoints exist on this machine: inside the package, downloaded from a hub, or imported by somebody.
 
-An import is one small TOML card that points at the folder; the weights are never copied, changed or deleted.
+A published model has a card in the package, or one without `folder` that somebody wrote into the models folder; it can
+be used once its weights are in weights/<name>. An import is one small TOML card that points at the folder; the weights
+are never copied, changed or deleted.
 A name from a request is looked up among the cards and never becomes part of a path.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -20,6 +23,9 @@ from pydantic import ValidationError
 
 from sdfleet.catalog.cards import Card, is_name
 from sdfleet.catalog.identify import Identified, identify
+from sdfleet.catalog.published import published
+from sdfleet.catalog.pulled import PulledWeights
+from sdfleet.catalog.single_file.origins import SINGLE_FILES
 from sdfleet.errors import BrokenCheckpoint, CheckpointError, CheckpointNotFound, InvalidValue, UnknownName
 
 log = logging.getLogger(__name__)
@@ -45,14 +51,25 @@ class BuiltIn:
 
 
 class Catalog:
-    """The checkpoints of this machine. Reads the cards anew on every call, so an import needs no restart."""
+    """The checkpoints of this machine. Looks anew on every call, so an import or a download needs no restart.
 
-    def __init__(self, models_folder: Path, *, built_in: tuple[BuiltIn, ...] | None = None) -> None:
+    weights: what was downloaded, and the only place where anything is ever deleted.
+    """
+
+    def __init__(
+        self,
+        models_folder: Path,
+        *,
+        built_in: tuple[BuiltIn, ...] | None = None,
+        published_cards: tuple[Card, ...] | None = None,
+    ) -> None:
         self._models_folder = models_folder
         self._built_in = packaged() if built_in is None else built_in
+        self._published = published() if published_cards is None else published_cards
+        self.weights = PulledWeights(models_folder / "weights")
 
     def entries(self) -> tuple[Entry, ...]:
-        """Every checkpoint with a readable card: the built-in ones first, then imports by name.
+        """Every checkpoint that is here and has a readable card: the built-in ones first, then the others by name.
 
         A card that cannot be read is logged and left out; asking for it by name says what is wrong with it.
         """
@@ -62,27 +79,107 @@ class Catalog:
                 found.append(Entry(card=built_in.card, folder=built_in.find_folder(), is_built_in=True))
             except CheckpointNotFound as exc:
                 log.warning("built-in model is missing", extra={"card": built_in.card.name, "reason": str(exc)})
-        for name in self._imported_names():
-            try:
-                found.append(self._imported(name))
-            except BrokenCheckpoint as exc:
-                log.warning("card cannot be read", extra={"card": name, "reason": str(exc)})
-        return tuple(found)
+        here = [entry for card in self._cards() if (entry := self._here(card)) is not None]
+        return tuple(found) + tuple(sorted(here, key=lambda entry: entry.card.name))
 
     def resolve(self, name: str) -> Entry:
-        """The checkpoint that answers to this name or alias. Raises UnknownName, or BrokenCheckpoint for a bad card."""
+        """The checkpoint that answers to this name or alias.
+
+        Raises CheckpointNotFound (its weights are not here), UnknownName, or BrokenCheckpoint for a bad card.
+        """
         for built_in in self._built_in:
-            if name == built_in.card.name or name in built_in.card.aliases:
+            if built_in.card.answers_to(name):
                 return Entry(card=built_in.card, folder=built_in.find_folder(), is_built_in=True)
-        imported = self._imported_names()
-        if name in imported:
-            return self._imported(name)
-        entries = self.entries()
-        for entry in entries:
-            if name in entry.card.aliases:
-                return entry
-        known = {entry.card.name for entry in entries} | {alias for entry in entries for alias in entry.card.aliases}
-        raise UnknownName("model", name, known)
+        if name in self._own_names():
+            # A card that cannot be read is left out of the others; its name says what is wrong with it.
+            self._own(name)
+        card = self._card(name)
+        entry = self._here(card)
+        if entry is None:
+            raise CheckpointNotFound(
+                f"the weights of {card.name} are not on this machine", hint=f"get them: sdfleet models pull {card.name}"
+            )
+        return entry
+
+    def card(self, name: str) -> Card:
+        """What is known of a model, whether its weights are here or not. Raises UnknownName or BrokenCheckpoint."""
+        for built_in in self._built_in:
+            if built_in.card.answers_to(name):
+                return built_in.card
+        return self._own(name) if name in self._own_names() else self._card(name)
+
+    def absent(self) -> tuple[Card, ...]:
+        """The cards of models whose weights could be pulled, by name."""
+        cards = (card for card in self._cards() if self._here(card) is None)
+        return tuple(sorted(cards, key=lambda card: card.name))
+
+    def is_pulled(self, entry: Entry) -> bool:
+        """Whether its weights were downloaded by sdfleet, which may delete them again."""
+        return entry.folder == self.weights.path(entry.card.name)
+
+    def forget(self, name: str) -> int:
+        """Delete a downloaded model, or the card of an import, whose folder stays. Gives back the bytes freed.
+
+        Raises UnknownName, CheckpointNotFound, InvalidValue (built in), AlreadyPulling, CheckpointError.
+        """
+        if any(built_in.card.answers_to(name) for built_in in self._built_in):
+            raise InvalidValue("name", f"{name!r} is built in", hint="it cannot be removed")
+        if name in self._own_names():
+            try:
+                card = self._own(name)
+            except BrokenCheckpoint:
+                # The cure that the card's own error names.
+                return self._remove_card(name)
+        else:
+            card = self._card(name)
+        if card.folder is not None:
+            return self._remove_card(card.name)
+        freed = self.weights.remove(card.name)
+        if not freed:
+            raise CheckpointNotFound(f"the weights of {card.name} are not on this machine", hint="nothing to remove")
+        return freed
+
+    def _remove_card(self, name: str) -> int:
+        try:
+            (self._models_folder / f"{name}.toml").unlink()
+        except OSError as exc:
+            raise CheckpointError(
+                f"the card of {name} cannot be removed: {exc.strerror or exc}", hint="make its folder writable"
+            ) from exc
+        # What an import of a single file wrote; the file itself is not in there.
+        shutil.rmtree(self._models_folder / SINGLE_FILES / name, ignore_errors=True)
+        return 0
+
+    def _card(self, name: str) -> Card:
+        cards = self._cards()
+        # Its own name first: another card's alias must not hide a model.
+        for card in cards:
+            if card.name == name:
+                return card
+        meant = [card for card in cards if card.answers_to(name)]
+        if meant:
+            return next((card for card in meant if self._here(card) is not None), meant[0])
+        known = {built_in.card.name for built_in in self._built_in} | {card.name for card in cards}
+        here = [*(built_in.card for built_in in self._built_in), *(card for card in cards if self._here(card))]
+        raise UnknownName("model", name, known | {alias for card in here for alias in card.aliases})
+
+    def _cards(self) -> tuple[Card, ...]:
+        """Those in the models folder, and the published ones whose names they leave free."""
+        own = []
+        for name in self._own_names():
+            try:
+                own.append(self._own(name))
+            except BrokenCheckpoint as exc:
+                log.warning("card cannot be read", extra={"card": name, "reason": str(exc)})
+        taken = {card.name for card in own}
+        return (*own, *(card for card in self._published if card.name not in taken))
+
+    def _here(self, card: Card) -> Entry | None:
+        if card.folder is not None:
+            return Entry(card=card, folder=Path(card.folder), is_built_in=False)
+        if self.weights.is_here(card.name):
+            return Entry(card=card, folder=self.weights.path(card.name), is_built_in=False)
+        return None
 
     def inspect(self, entry: Entry) -> Identified:
         """The checked contents of the folder. Raises a CheckpointError that says everything wrong with it."""
@@ -100,12 +197,8 @@ class Catalog:
         Raises InvalidValue (name), CheckpointError or UnsupportedByModel (folder), OSError never: an unwritable
         data folder is a CheckpointError.
         """
-        if not is_name(name) or ".." in name:
-            raise InvalidValue(
-                "name", f"{name[:80]!r} cannot be used", hint="use small letters, digits, '.', '-' and '_', at most 64"
-            )
         folder = folder.expanduser().absolute()
-        self._check_is_free(name, folder)
+        self.check_is_free(name, folder)
         found = identify(folder)
         card = Card(
             name=name,
@@ -128,21 +221,32 @@ class Catalog:
             ) from exc
         return Entry(card=card, folder=folder, is_built_in=False)
 
-    def _check_is_free(self, name: str, folder: Path) -> None:
+    @property
+    def models_folder(self) -> Path:
+        """Where cards lie, and what sdfleet wrote beside them."""
+        return self._models_folder
+
+    def check_is_free(self, name: str, folder: Path) -> None:
+        """Raises InvalidValue for what cannot be a name, and for a name that stands for another folder."""
+        if not is_name(name) or ".." in name:
+            raise InvalidValue(
+                "name", f"{name[:80]!r} cannot be used", hint="use small letters, digits, '.', '-' and '_', at most 64"
+            )
         for built_in in self._built_in:
-            if name == built_in.card.name or name in built_in.card.aliases:
+            if built_in.card.answers_to(name):
                 raise InvalidValue("name", f"{name!r} is a built-in model", hint="choose another name")
-        if name not in self._imported_names():
-            return
-        try:
-            taken_by = self._imported(name).folder
-        except BrokenCheckpoint:
-            # Importing again is the cure that the broken card's own error names.
-            return
-        if taken_by != folder:
+        taken_by: Path | None = self.weights.path(name) if self.weights.is_here(name) else None
+        if name in self._own_names():
+            try:
+                card = self._own(name)
+                taken_by = taken_by if card.folder is None else Path(card.folder)
+            except BrokenCheckpoint:
+                # Importing again is the cure that the broken card's own error names.
+                return
+        if taken_by is not None and taken_by != folder:
             raise InvalidValue("name", f"{name!r} already stands for {taken_by}", hint="choose another name")
 
-    def _imported_names(self) -> tuple[str, ...]:
+    def _own_names(self) -> tuple[str, ...]:
         try:
             names = [path.stem for path in self._models_folder.iterdir() if path.suffix == ".toml"]
         except FileNotFoundError:
@@ -153,15 +257,19 @@ class Catalog:
             ) from exc
         return tuple(sorted(name for name in names if is_name(name)))
 
-    def _imported(self, name: str) -> Entry:
-        """The entry of a name out of `_imported_names`, and of no other."""
+    def _own(self, name: str) -> Card:
+        """The card of a name out of `_own_names`, and of no other."""
         path = self._models_folder / f"{name}.toml"
         card = read_card(path)
-        if card.folder is None or not Path(card.folder).is_absolute():
-            raise BrokenCheckpoint(f"{path} names no absolute folder", hint="remove that file and import it again")
+        is_published = card.hf is not None or card.modelscope is not None
+        if not is_published if card.folder is None else not Path(card.folder).is_absolute():
+            raise BrokenCheckpoint(
+                f"{path} names no absolute folder, and no repository on a hub",
+                hint="remove that file and import it again",
+            )
         if card.name != name:
             raise BrokenCheckpoint(f"{path} is the card of {card.name!r}", hint="rename the file or its `name`")
-        return Entry(card=card, folder=Path(card.folder), is_built_in=False)
+        return card
 
 
 def packaged() -> tuple[BuiltIn, ...]:

@@ -3,57 +3,77 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdfleet.cli import console
+from sdfleet.cli import console, pulling
 
 if TYPE_CHECKING:
     from sdfleet.catalog.identify import Identified
     from sdfleet.catalog.store import Entry
 
-app = typer.Typer(no_args_is_help=True, help="List, import and look into models.")
+app = typer.Typer(no_args_is_help=True, help="List, pull, import, check and remove models.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 
 
 @app.command("list")
 def list_models(*, as_json: AsJson = False) -> None:
-    """List the models of this machine."""
+    """List the models of this machine, and on stderr those that can be pulled."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
 
-        entries = compose.catalog(console.start()).entries()
+        catalog = compose.catalog(console.start())
+        entries, absent = catalog.entries(), catalog.absent()
         if as_json:
-            console.say_json({"models": [_facts(entry) for entry in entries]})
+            absent_names = [card.name for card in absent]
+            console.say_json({"models": [_facts(entry) for entry in entries], "can_be_pulled": absent_names})
             return
         for entry in entries:
             card = entry.card
             where = "built in" if entry.is_built_in else str(entry.folder)
             missing = "" if entry.folder.is_dir() else "  (folder is missing)"
-            console.say(f"{card.name:<20} {card.family:<5} {card.width_px}x{card.height_px:<5} {where}{missing}")
+            console.say(f"{card.name:<20} {card.family:<6} {card.width_px}x{card.height_px:<5} {where}{missing}")
+        if absent:
+            names = ", ".join(card.name for card in absent)
+            console.note(f"can be pulled: {names}; see `sdfleet models plan NAME`")
 
 
 @app.command("import")
 def import_model(
     *,
-    path: Annotated[Path, typer.Argument(help="Folder in the diffusers layout.", show_default=False)],
-    name: Annotated[str, typer.Option(help="What to call it here: a-z 0-9 . _ -")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Folder in the diffusers layout, or one .safetensors or .gguf file.", show_default=False),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="What to call it here: a-z 0-9 . _ -; its own name if left out.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model or diffusers folder that has what a single file lacks.", metavar="NAME_OR_FOLDER"),
+    ] = None,
+    prediction: Annotated[
+        Literal["epsilon", "v"] | None,
+        typer.Option(help="What a single file's UNet predicts, where the file does not say."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a folder of weights known under a name. It stays where it is and is not changed."""
+    """Make a folder or file of weights known under a name. It stays where it is and is not changed."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
 
-        catalog = compose.catalog(console.start())
-        entry = catalog.add(path, name=name)
+        settings = console.start()
+        entry, notes = compose.import_checkpoint(settings, path, name=name, base=base, prediction=prediction)
         if as_json:
-            console.say_json(_facts(entry, catalog.inspect(entry)))
+            found = compose.catalog(settings).inspect(entry)
+            console.say_json({**_facts(entry, found), "notes": list(notes)})
             return
-        console.say(
-            f"imported {name}: {entry.card.family}, {entry.card.width_px}x{entry.card.height_px}, {entry.folder}"
-        )
+        card = entry.card
+        console.say(f"imported {card.name}: {card.family}, {card.width_px}x{card.height_px}, {entry.folder}")
+        for note in notes:
+            console.say(f"  {note}")
 
 
 @app.command("show")
@@ -62,17 +82,22 @@ def show_model(
     name: Annotated[str, typer.Argument(help="Name or alias of a model.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model is, and check its files."""
+    """Tell what a model is, and check its files if it is here."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
 
         catalog = compose.catalog(console.start())
-        entry = catalog.resolve(name)
-        facts = _facts(entry, catalog.inspect(entry))
+        card = catalog.card(name)
+        if card in catalog.absent():
+            facts: dict[str, Any] = card.model_dump(mode="json", exclude_none=True)
+            facts |= {"is_here": False, "pull": f"sdfleet models pull {card.name}"}
+        else:
+            entry = catalog.resolve(name)
+            facts = _facts(entry, catalog.inspect(entry))
         if as_json:
             console.say_json(facts)
             return
-        components = facts.pop("components")
+        components = facts.pop("components", [])
         for key, value in facts.items():
             if value in ("", [], False):
                 continue
@@ -81,6 +106,13 @@ def show_model(
         for part in components:
             sizes = ", ".join(f"{dtype} {_mib(n_bytes)}" for dtype, n_bytes in part["bytes_by_dtype"].items())
             console.say(f"  {part['name']:<16} {part['class_name']:<34} {sizes}")
+
+
+app.command("plan")(pulling.plan)
+app.command("pull")(pulling.pull)
+app.command("rm")(pulling.remove)
+app.command("verify")(pulling.verify)
+app.command("du")(pulling.usage)
 
 
 def _facts(entry: Entry, found: Identified | None = None) -> dict[str, Any]:

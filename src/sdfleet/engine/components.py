@@ -15,14 +15,18 @@ import torch
 from safetensors import SafetensorError
 
 from sdfleet.catalog.headers import read_header, read_json
+from sdfleet.catalog.single_file.gguf_header import is_gguf
+from sdfleet.catalog.single_file.origins import header_within, read_origin
 from sdfleet.engine import random_weights
 from sdfleet.engine.devices import Device
+from sdfleet.engine.fp8_weights import keep_in_fp8, n_kept
 from sdfleet.engine.memory import Weights
 from sdfleet.engine.networks.autoencoder import with_present_names
 from sdfleet.engine.networks.choice import own_network
 from sdfleet.engine.networks.tokenizer import ClipTokenizer
 from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
 from sdfleet.engine.prepacked import arrange
+from sdfleet.engine.single_file import loaded_bytes, pack_into, read_component, unpacked_shapes
 from sdfleet.engine.text_weights import load_clip_text_encoder, load_qwen3, load_t5_encoder
 from sdfleet.engine.weight_files import fill, read_weights
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedByModel
@@ -50,6 +54,19 @@ _DIFFUSERS_CLASSES = frozenset(
     )
 )
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+# Whose weights may be kept in 8 bits: denoisers, and text encoders that weigh as much as one.
+_IN_FP8 = frozenset(
+    (
+        "UNet2DConditionModel",
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "ZImageTransformer2DModel",
+        "T5EncoderModel",
+        "Qwen3Model",
+        "Qwen3ForCausalLM",
+    )
+)
 
 
 class Components:
@@ -161,12 +178,35 @@ class Components:
         return n_bytes + sum(m.resident_bytes for m in self._here.values() if isinstance(m, OpenVinoDenoiser))
 
     def _loaded_bytes(self, name: ComponentName, dtype: torch.dtype) -> int:
-        n_elements = sum(read_header(file).n_parameters for file in self._weight_files(name))
-        return n_elements * torch.empty((), dtype=dtype).element_size()
+        single = self._single_file(name)
+        files = self._weight_files(name) if single is None else ()
+        headers = [read_header(file) for file in files] if single is None else [header_within(single, name)]
+        n_bytes = sum(loaded_bytes(header, dtype) for header in headers)
+        if self._is_in_fp8(name):
+            n_bytes -= sum(n_kept(unpacked_shapes(header)) for header in headers) * (dtype.itemsize - 1)
+        return n_bytes
+
+    def is_packed(self, name: ComponentName) -> bool:
+        """Whether its weights stay in GGUF's blocks while it is used."""
+        single = self._single_file(name)
+        return single is not None and is_gguf(single)
+
+    def _single_file(self, name: ComponentName) -> Path | None:
+        """The file with a whole checkpoint that this component is in, if it was imported from one."""
+        origin = read_origin(self._folder / name)
+        return None if origin is None or origin.n_file_bytes is None else origin.path
+
+    def _weights_folder(self, name: ComponentName) -> Path:
+        """Where its files are: in its own folder, or in the one that it was taken from."""
+        origin = read_origin(self._folder / name)
+        return self._folder / name if origin is None else origin.path
+
+    def _is_in_fp8(self, name: ComponentName) -> bool:
+        return self._device.keeps_fp8 and self.class_name(name) in _IN_FP8
 
     def _weight_files(self, name: ComponentName) -> list[Path]:
         """The safetensors files to read: the plain ones, or those of the only variant there is (such as fp16)."""
-        files = sorted((self._folder / name).glob("*.safetensors"))
+        files = sorted(self._weights_folder(name).glob("*.safetensors"))
         plain = [f for f in files if _variant(f) is None]
         return plain or files
 
@@ -175,17 +215,19 @@ class Components:
         class_name = self.class_name(name)
         if class_name is None:
             raise UnsupportedByModel(f"the checkpoint at {self._folder} has no {name}")
-        load = self._loader(name, class_name)
+        # What will be half as large is read into the host's memory, so that the whole of it never is on a card.
+        is_in_fp8 = self._is_in_fp8(name)
+        load = self._loader(name, class_name, kind="cpu" if is_in_fp8 else self._device.kind)
         try:
-            return load()
+            return keep_in_fp8(load()).to(self._device.torch_device) if is_in_fp8 else load()
         except (SafetensorError, OSError, ValueError, KeyError) as exc:
             first_line = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
             raise BrokenCheckpoint(
                 f"{self._folder / name} cannot be loaded: {first_line[:300]}", hint="copy or download the folder again"
             ) from exc
 
-    def _loader(self, name: ComponentName, class_name: str) -> Callable[[], Any]:
-        folder, dtype, kind = self._folder / name, self._device.dtype, self._device.kind
+    def _loader(self, name: ComponentName, class_name: str, *, kind: str) -> Callable[[], Any]:
+        folder, dtype = self._folder / name, self._device.dtype
         if class_name in {"CLIPTokenizer", "CLIPTokenizerFast"}:
             return lambda: ClipTokenizer.read(folder) or _transformers_tokenizer("CLIPTokenizer", folder)
         if class_name in {"T5Tokenizer", "T5TokenizerFast"}:
@@ -202,39 +244,44 @@ class Components:
         if class_name in _DIFFUSERS_CLASSES:
             ours = own_network(class_name, self.config(name))
             if ours is None:
-                return lambda: self._load_diffusers(name, class_name)
-            return lambda: self._load_own(name, ours)
+                return lambda: self._load_diffusers(name, class_name, kind=kind)
+            return lambda: self._load_own(name, ours, kind=kind)
         raise UnsupportedByModel(
             f"the {name} of {self._folder} is a {class_name}, which is not served",
             hint=f"served are: {', '.join(sorted(_DIFFUSERS_CLASSES))} with CLIP, T5 and Qwen3 text encoders",
         )
 
-    def _load_own(self, name: ComponentName, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    def _load_own(self, name: ComponentName, build: Callable[[], torch.nn.Module], *, kind: str) -> torch.nn.Module:
         folder = self._folder / name
         dtype = self._device.vae_dtype if name == "vae" else self._device.dtype
-        weights = read_weights(folder, dtype=dtype, device=self._device.kind, stem=_DIFFUSERS_STEM)
+        module = build()
+        single = self._single_file(name)
+        if single is None:
+            weights = read_weights(folder, dtype=dtype, device=kind, stem=_DIFFUSERS_STEM)
+        else:
+            weights = pack_into(module, read_component(single, name, dtype=dtype, device=kind, packs=True), dtype=dtype)
         if name == "vae":
             weights = with_present_names(weights)
-        module = build()
         # Leftovers of training lie in some files, and diffusers passes over them too; what is missing is an error.
         if unknown := sorted(weights.keys() - module.state_dict().keys()):
             log.warning("weights of no use to the network", extra={"folder": str(folder), "names": unknown[:3]})
         fill(module, {key: tensor for key, tensor in weights.items() if key not in unknown}, folder=folder)
-        return arrange(module.eval().requires_grad_(requires_grad=False))
+        module.eval().requires_grad_(requires_grad=False)
+        return module if self._is_in_fp8(name) else arrange(module)
 
-    def _load_diffusers(self, name: ComponentName, class_name: str) -> Any:
+    def _load_diffusers(self, name: ComponentName, class_name: str, *, kind: str) -> Any:
         import diffusers
 
         cls = getattr(diffusers, class_name)
-        folder = self._folder / name
+        if (single := self._single_file(name)) is not None:
+            return self._load_single(name, cls, single, kind=kind)
+        folder = self._weights_folder(name)
         files = self._weight_files(name)
         if not files:
             raise BrokenCheckpoint(f"{folder} holds no safetensors file", hint="copy or download the folder again")
         dtype = self._device.vae_dtype if name in {"vae", "tiny_vae"} else self._device.dtype
-        if self._device.kind == "meta" or random_weights.is_random(files[0]):
-            drawn = random_weights.module_of(
-                cls, self.config(name), files, dtype=dtype, device=self._device.torch_device
-            )
+        if kind == "meta" or random_weights.is_random(files[0]):
+            drawn = random_weights.module_of(cls, self.config(name), files, dtype=dtype, device=torch.device(kind))
             return drawn.eval().requires_grad_(requires_grad=False)
         module, found = cls.from_pretrained(
             str(folder),
@@ -251,7 +298,18 @@ class Components:
             raise BrokenCheckpoint(
                 f"{folder} lacks weights that its config asks for: {shown}", hint="copy or download the folder again"
             )
-        return module.eval().requires_grad_(requires_grad=False).to(self._device.torch_device)
+        return module.eval().requires_grad_(requires_grad=False).to(torch.device(kind))
+
+    def _load_single(self, name: ComponentName, cls: Any, file: Path, *, kind: str) -> Any:
+        dtype = self._device.vae_dtype if name == "vae" else self._device.dtype
+        with torch.device("meta"):
+            module = cls.from_config(self.config(name))
+        weights = read_component(file, name, dtype=dtype, device=kind, packs=True)
+        fill(module, pack_into(module, weights, dtype=dtype), folder=self._folder / name)
+        left = [buffer for buffer, tensor in module.named_buffers() if tensor.is_meta and kind != "meta"]
+        if left:
+            raise BrokenCheckpoint(f"{file} has no {', '.join(left[:3])}", hint="get it in the diffusers layout")
+        return module.eval().requires_grad_(requires_grad=False)
 
 
 def _transformers_tokenizer(class_name: str, folder: Path) -> Any:

@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdfleet.catalog.single_file.origins import read_origin
 from sdfleet.engine import random_weights
+from sdfleet.engine.single_file import read_component
 from sdfleet.errors import BrokenCheckpoint, PickleRefused
 
 _SHOWN_NAMES = 3
@@ -25,6 +27,10 @@ def read_weights(
     stem: what the files are called, `model` by transformers and `diffusion_pytorch_model` by diffusers.
     without: beginnings of names to pass over. Raises BrokenCheckpoint and PickleRefused.
     """
+    origin = read_origin(folder)
+    if origin is not None and origin.n_file_bytes is not None:
+        return read_component(origin.path, folder.name, dtype=dtype, device=device, without=without)
+    folder = folder if origin is None else origin.path
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder, stem):
         try:
