@@ -5,7 +5,8 @@
 
 Sides: `one` is one all-thread engine, `several` spreads everything over one engine a core, `auto` asks its own trial.
 Loads: one request alone; 16 mixed requests at once; 64 mixed requests by 16 clients, each asking again when answered.
-All sides stand in one run and take turns; medians of the rounds are printed, and ratios to `one`.
+All sides stand in one run and take turns; medians of the rounds are printed, and ratios to `one`. Progress goes to
+stderr, and no new round begins after --most-s seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,9 +36,15 @@ PROMPTS = (
     "a blue fish",
 )
 SAMPLERS = ("ddim", "euler", "dpm++_2m")
-TRIAL_DEADLINE_S = 40.0
+TRIAL_DEADLINE_S = 60.0
+BEGUN_S = time.perf_counter()
 
 Side = LocalBackend | EnginePool
+
+
+def say(text: str) -> None:
+    """A line of progress, with the seconds since the start."""
+    print(f"{time.perf_counter() - BEGUN_S:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def mixed_requests(n: int, base: Drawing, tag: str) -> list[Drawing]:
@@ -79,12 +87,17 @@ async def trial_done(side: EnginePool) -> None:
         await asyncio.sleep(0.2)
 
 
-async def measure(sides: dict[str, Side], base: Drawing, *, n_rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+async def measure(
+    sides: dict[str, Side], base: Drawing, *, n_rounds: int, most_s: float
+) -> dict[str, dict[str, dict[str, float]]]:
     """By load and side: images_per_s, p50_s, p95_s."""
     loads = {"alone": (1, 1), "16 at once": (16, 16), "64 by 16": (64, 16)}
     speeds: dict[tuple[str, str], list[float]] = {}
     waits: dict[tuple[str, str], list[float]] = {}
     for n_round in range(-1, n_rounds):  # one round to warm up
+        if n_round > 0 and time.perf_counter() - BEGUN_S > most_s:
+            say(f"the time is up after {n_round} rounds")
+            break
         for load, (n, n_clients) in loads.items():
             if n_round < 0 and n > n_clients:
                 continue
@@ -93,6 +106,7 @@ async def measure(sides: dict[str, Side], base: Drawing, *, n_rounds: int) -> di
                     tag = f"{name}-{load}-{n_round}-{n_repeat}"
                     drawings = [replace(base, job_id=JobId(tag))] if n == 1 else mixed_requests(n, base, tag)
                     speed, waited_s = await closed_loop(side, drawings, n_clients=n_clients)
+                    say(f"round {n_round}, {load}, {name}: {speed:.2f} images/s")
                     if n_round >= 0:
                         speeds.setdefault((load, name), []).append(speed)
                         waits.setdefault((load, name), []).extend(waited_s)
@@ -129,11 +143,14 @@ async def run(arguments: argparse.Namespace) -> None:
         }
         try:
             await asyncio.gather(*(side.start() for side in sides.values()))
+            say("all sides stand")
             for name, side in sides.items():
                 for n_warm in range(2):
                     await side.generate(replace(base, job_id=JobId(f"{name}-{n_warm}")))
+            say("every side has drawn")
             await trial_done(auto)
-            results = await measure(sides, base, n_rounds=arguments.rounds)
+            say(f"trial: {auto.capabilities().facts.get('engine_trials')}")
+            results = await measure(sides, base, n_rounds=arguments.rounds, most_s=arguments.most_s)
             facts = auto.capabilities().facts
         finally:
             await asyncio.gather(*(side.close() for side in sides.values()))
@@ -154,6 +171,7 @@ def main() -> None:
     parser.add_argument("--family", default="sd")
     parser.add_argument("--size", default="128x128")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--most-s", type=float, default=90.0, help="no new round after so many seconds")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--executor", default="torch", choices=("torch", "openvino"))
     parser.add_argument("--cache", default=None, help="where OpenVINO's conversion is kept")

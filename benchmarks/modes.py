@@ -3,6 +3,7 @@
     python benchmarks/modes.py --prompts 20 --seeds 4        # the step caches, and plainly fewer steps beside them
     python benchmarks/modes.py --sampler euler_a
     python benchmarks/modes.py --modes full,openvino,int8    # needs OpenVINO
+    python benchmarks/modes.py --modes full,fp8              # weights kept in 8 bits
     python benchmarks/modes.py --prompts 0 --sheet docs/images/modes-sheet.png
     python benchmarks/modes.py --prompts 0 --rounds 5 --modes full,light,strong
 
@@ -60,6 +61,7 @@ def modes(options: EngineOptions, cache: Path) -> dict[str, Mode]:
         "12 steps": Mode(options=options, steps=12),
         "openvino": Mode(options=replace(options, executor="openvino", cache_folder=str(cache))),
         "int8": Mode(options=replace(options, executor="int8", cache_folder=str(cache))),
+        "fp8": Mode(options=replace(options, weights="fp8")),
         "int8 light": Mode(options=replace(options, executor="int8", cache_folder=str(cache)), step_cache="light"),
     }
 

@@ -3,6 +3,8 @@
 draw            every picture after `steps` steps; pixels depend on seed and picture
 endless         steps until cancelled
 second-life F   endless in the process that creates the file F, drawn in any later one
+hang            never returns from its second step; hang-at-once: nor from being submitted
+hang-once F     hangs in the process that creates the file F, drawn in any later one
 die, exit, raise, print, log, orphan, infinite, unfinished, refuse     see `_misbehave` and `submit`
 """
 
@@ -41,9 +43,13 @@ class ScriptedEngine:
     def submit(self, drawing: Drawing) -> None:
         if drawing.prompt == "refuse":
             raise UnsupportedByModel("this checkpoint cannot do that", hint="take another")
-        if drawing.prompt.startswith("second-life"):
-            marker = Path(drawing.prompt.split(maxsplit=1)[1])
-            drawing = replace(drawing, prompt="draw" if marker.exists() else "endless")
+        if drawing.prompt == "hang-at-once":
+            signal.pause()
+        if drawing.prompt.startswith(("second-life", "hang-once")):
+            first, _, marked = drawing.prompt.partition(" ")
+            marker = Path(marked)
+            before = {"second-life": "endless", "hang-once": "hang"}[first]
+            drawing = replace(drawing, prompt="draw" if marker.exists() else before)
             marker.touch()
         self._drawings[drawing.job_id] = drawing
         self._steps[drawing.job_id] = 0
@@ -114,6 +120,40 @@ class StuckEngine(ScriptedEngine):
         signal.pause()
 
 
+class SettlingEngine(ScriptedEngine):
+    """An engine that tries out executors after its first job, and tells how many jobs came in between."""
+
+    N_TRIES = 100
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self._checkpoints: list[str] = []
+        self._n_tries = 0
+        self._n_disturbed = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return super().is_idle and self._is_settled
+
+    def submit(self, drawing: Drawing) -> None:
+        self._n_disturbed += bool(self._checkpoints) and not self._is_settled
+        self._checkpoints = [drawing.checkpoint]
+        super().submit(drawing)
+
+    def step(self) -> list[Event]:
+        self._n_tries += super().is_idle and bool(self._checkpoints)
+        return super().step()
+
+    def facts(self) -> Mapping[str, object]:
+        told = {name: {"executor": "torch", "is_settled": self._is_settled} for name in self._checkpoints}
+        beside = {"checkpoints": self._checkpoints, "resident_bytes": 0, "executors": told}
+        return {**super().facts(), **beside, "n_disturbed": self._n_disturbed}
+
+    @property
+    def _is_settled(self) -> bool:
+        return not self._checkpoints or self._n_tries >= self.N_TRIES
+
+
 class LingeringEngine(ScriptedEngine):
     """An engine that never gives the device back."""
 
@@ -123,6 +163,8 @@ class LingeringEngine(ScriptedEngine):
 
 def _misbehave(prompt: str) -> None:
     match prompt:
+        case "hang":
+            signal.pause()
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":

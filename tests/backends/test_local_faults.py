@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sdfleet.backends.local import DRAWN_AGAIN, LocalBackend
+from sdfleet.backends.watchdog import Patience
 from sdfleet.domain import Picture, Progress
 from sdfleet.errors import EngineDied, EngineFailed, JobCancelled, UnsupportedByModel
 from tests.backends.drawings import drawing, endless, scripted_backend
@@ -114,6 +115,46 @@ def test_an_engine_that_stays_after_a_fault_is_ended(monkeypatch: pytest.MonkeyP
             await backend.generate(drawing("raise"))
 
     tell(story, scripted_backend("LingeringEngine"))
+
+
+def test_a_job_in_a_step_that_never_returns_is_drawn_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(backend: LocalBackend) -> None:
+        again = await backend.generate(drawing(f"hang-once {tmp_path / 'hung'}", seed=3))
+        undisturbed = await backend.generate(drawing(seed=3))
+        assert pixels(again) == pixels(undisturbed)
+        assert again.warnings[-1] == DRAWN_AGAIN
+
+    # Silent before the first progress it may be: the job must have been seen to begin.
+    tell(story, scripted_backend(patience=Patience(first_s=50.0, least_s=1.0, gaps=0.0)))
+    (record,) = [record for record in caplog.records if record.message == "an engine process is silent and is ended"]
+    assert record.levelname == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "patience"),
+    [
+        ("hang", Patience(first_s=50.0, least_s=0.5, gaps=0.0)),
+        ("hang-at-once", Patience(first_s=0.5, least_s=50.0, gaps=0.0)),
+    ],
+)
+def test_a_job_that_hangs_every_engine_fails_and_says_why(prompt: str, patience: Patience) -> None:
+    async def story(backend: LocalBackend) -> None:
+        with pytest.raises(EngineDied, match=r"had jobs and said nothing for \d+ s and was ended .* 2 times"):
+            await backend.generate(drawing(prompt))
+
+    tell(story, scripted_backend(patience=patience))
+
+
+def test_an_engine_that_hangs_after_its_caller_left_is_ended_too() -> None:
+    async def story(backend: LocalBackend) -> None:
+        left = await begin(backend, drawing("hang"))
+        hung_pid = backend.pid
+        left.cancel()
+        await asyncio.wait({left})
+        while backend.pid == hung_pid:  # noqa: ASYNC110  a death nobody waits for
+            await asyncio.sleep(0)
+
+    tell(story, scripted_backend(patience=Patience(first_s=50.0, least_s=0.5, gaps=0.0)))
 
 
 def test_large_pictures_pass_whole_in_both_directions() -> None:

@@ -297,6 +297,29 @@ def test_the_first_pause_measures_and_keeps_what_it_found(tmp_path: Path) -> Non
     assert TrialNotes(tmp_path).find(asked, setting=SETTING) is not None
 
 
+def test_a_trial_waits_until_no_engine_tries_executors(tmp_path: Path) -> None:
+    async def story(pool: EnginePool, made: list[LocalBackend]) -> None:
+        await pool.generate(drawing())
+        await facts_change(pool, lambda facts: bool(facts.get("engine_trials")))
+        assert [backend.capabilities().facts["n_disturbed"] for backend in made] == [0, 0, 0]
+
+    tell(story, engine="SettlingEngine", n_engines="auto", notes_folder=tmp_path)
+
+
+def test_engines_that_do_not_settle_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sdfleet.backends.pool._SETTLE_DEADLINE_S", 0.0)
+
+    async def story(pool: EnginePool, _made: list[LocalBackend]) -> None:
+        await pool.generate(drawing())
+        await facts_change(pool, lambda _: "engines could not be tried" in caplog.messages)
+        assert len((await pool.generate(drawing(n_images=2))).images) == 2
+        assert facts_of(pool, "engine_trials") == {}
+
+    tell(story, engine="SettlingEngine", n_engines="auto", notes_folder=tmp_path)
+
+
 def test_a_job_does_not_wait_for_a_trial() -> None:
     async def story(pool: EnginePool, made: list[LocalBackend]) -> None:
         await pool.generate(drawing(steps=8))

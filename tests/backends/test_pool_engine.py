@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +62,28 @@ def test_a_reproducible_job_is_the_same_in_company_and_alone(checkpoints: Checkp
 
     alone, again = asyncio.run(story())
     assert pixels(alone) == pixels(again)
+
+
+@pytest.mark.slow
+def test_the_automatic_trial_ends_with_a_verdict_that_the_next_start_knows(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    asked = toy(checkpoints, "sd15", steps=6)
+    options = EngineOptions(device="cpu", dtype="float32", n_threads=2, executor="torch")
+
+    async def told(*, again: bool) -> Any:
+        pool = EnginePool(options, notes_folder=tmp_path, pause_s=0.0)
+        try:
+            async with asyncio.timeout(240):
+                for n in range(2):  # what the first one takes is mostly the load
+                    await pool.generate(replace(asked, job_id=JobId(str(n))))
+                while not (trials := pool.capabilities().facts.get("engine_trials")):  # noqa: ASYNC110  asked for, not told
+                    await asyncio.sleep(0)
+            assert again or len(pool.pids) == 3
+        finally:
+            await pool.close()
+        return trials
+
+    first = asyncio.run(told(again=False))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert asyncio.run(told(again=True)) == first

@@ -106,6 +106,21 @@ def test_rows_that_fill_a_batch_up_change_nobodys_picture(checkpoints: Checkpoin
     assert [most_levels_apart(a, b) <= 1 for a, b in zip(plain, filled_up, strict=True)] == [True] * 3
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux-dev"])
+def test_weights_in_8_bits_compile_no_more_and_change_nothing(
+    name: str, checkpoints: Checkpoints, compiled: list[int]
+) -> None:
+    one = drawing(name, checkpoints(name))
+    ours(one, options=COMPILED)
+    n_full = len(compiled)
+    torch._dynamo.reset()
+
+    drawn = ours(one, options=replace(COMPILED, weights="fp8"))[0]
+
+    assert len(compiled) - n_full == n_full > 0
+    assert most_levels_apart(drawn, ours(one, options=replace(FLOAT32, weights="fp8"))[0]) <= 1
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd35", "flux-dev", "klein", "zimage"])
 def test_every_kind_of_network_has_blocks_and_draws_the_same_with_them(
     name: str, checkpoints: Checkpoints, compiled: list[int]

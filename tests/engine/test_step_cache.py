@@ -112,6 +112,8 @@ def test_neighbours_with_other_plans_do_not_change_a_picture(mode: StepCache, ch
         ("sd21", "euler"),
         *(("sd3", sampler) for sampler in ("euler", "heun", "dpm++_2m")),
         ("flux-dev", "euler"),
+        ("klein", "euler"),
+        ("zimage", "euler"),
     ],
 )
 def test_the_guessed_picture_is_near_the_full_one(name: str, sampler: str, checkpoints: Checkpoints) -> None:

@@ -2,7 +2,8 @@
 
 A process that dies takes no job with it: each job that was being drawn is drawn again from its first step with the
 same seed, so it is the same picture. These jobs run one at a time, so that a job which kills the engine is found
-alone; a job that was there in two deaths fails. The process is started by the first job that needs it.
+alone; a job that was there in two deaths fails. The process is started by the first job that needs it, and ended
+where it has jobs and is silent for longer than is believable (`watchdog.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import assert_never
 
 from sdfleet.backends.base import BackendState, Capabilities, OnProgress
 from sdfleet.backends.process import EngineProcess
+from sdfleet.backends.watchdog import Patience, Watchdog
 from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Progress
 from sdfleet.engine import wire
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
@@ -34,6 +36,7 @@ CLOSE_DEADLINE_S = 5.0
 FAULT_DEADLINE_S = 10.0
 # From SIGTERM to SIGKILL.
 TERMINATE_DEADLINE_S = 2.0
+PATIENCE = Patience()
 
 
 class _Again:
@@ -42,11 +45,12 @@ class _Again:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One `generate` that has not ended. `inbox` is read by the caller's own task."""
+    """One `generate` that has not ended. `inbox` is read by the caller's own task. is_begun: it has shown progress."""
 
     drawing: Drawing
     inbox: asyncio.Queue[Event | _Again] = field(default_factory=asyncio.Queue)
     is_sent: bool = False
+    is_begun: bool = False
     is_cancelled: bool = False
     n_deaths: int = 0
 
@@ -62,6 +66,7 @@ class LocalBackend:
     own engine; (python, "-m", "sdfleet.engine.child", "--engine", "module:attribute") another in the same frame.
     env: the process's whole environment; None lets it inherit ours.
     cores: the CPU cores the process may use, where the system can be told; None: any.
+    patience: how long the engine may be silent while it has jobs.
     on_facts: called on the event loop when the engine is ready and whenever it has something new to say of itself.
     """
 
@@ -74,6 +79,7 @@ class LocalBackend:
         name: str = "local",
         start_deadline_s: float = START_DEADLINE_S,
         close_deadline_s: float = CLOSE_DEADLINE_S,
+        patience: Patience = PATIENCE,
         cores: Collection[int] | None = None,
         on_facts: Callable[[], None] | None = None,
     ) -> None:
@@ -83,12 +89,14 @@ class LocalBackend:
         self._name = name
         self._cores = cores
         self._on_facts = on_facts or (lambda: None)
+        self._patience = patience
         self._start_deadline_s = start_deadline_s
         self._close_deadline_s = close_deadline_s
         self._jobs: dict[JobId, _Job] = {}  # in order of arrival
-        self._leaving: set[JobId] = set()  # cancelled by a caller who left; the process has not answered yet
+        self._leaving: dict[JobId, _Job] = {}  # cancelled by a caller who left; the process has not answered yet
         self._starters: set[asyncio.Future[None]] = set()
         self._process: EngineProcess | None = None
+        self._watchdog: Watchdog | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._facts: Mapping[str, object] = {}
@@ -214,6 +222,8 @@ class LocalBackend:
                 self._process.send(wire.Submit(drawing=job.drawing))
             except wire.BrokenMessage as exc:
                 self._end(job, BadRequest(f"the job could not be handed to the engine: {exc}"))
+        if admitted:
+            self._tell_watchdog(is_report=False)
 
     def _send(self, command: wire.Command) -> None:
         if self._process is not None:
@@ -237,7 +247,7 @@ class LocalBackend:
             return
         del self._jobs[job.id]
         if job.is_sent and self._process is not None:
-            self._leaving.add(job.id)
+            self._leaving[job.id] = job
             if not job.is_cancelled:
                 self._process.send(wire.Cancel(job_id=job.id))
         self._admit()
@@ -266,6 +276,7 @@ class LocalBackend:
             self._fail_all(EngineFailed(self._why_not, hint="`sdfleet doctor` shows what is installed"))
             return
         self._process = process
+        self._watchdog = watchdog = Watchdog(self._patience, lambda silent_s: _end_silent(process, silent_s))
         is_late = False
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -277,16 +288,18 @@ class LocalBackend:
                     process.why = "was late" if is_late else "stayed after a fault"
                     process.kill()
                 except wire.BrokenStream as exc:
-                    process.why = f"sent what is not a message ({exc})"
+                    process.why = process.why or f"sent what is not a message ({exc})"
                     process.kill()
                 except asyncio.CancelledError:
                     process.kill()
                     raise
                 finally:
+                    watchdog.stop()
                     await process.end(stderr)
         finally:
             process.kill()
             self._process = None
+            self._watchdog = None
             self._leaving.clear()
         if not self._is_closed:
             self._bury(process, is_late=is_late)
@@ -328,16 +341,29 @@ class LocalBackend:
         self._admit()
         self._on_facts()
 
+    def _tell_watchdog(self, *, is_report: bool) -> None:
+        if self._watchdog is not None:
+            given = [job for job in self._jobs.values() if job.is_sent] + list(self._leaving.values())
+            all_begun = all(job.is_begun for job in given)
+            self._watchdog.note(is_report=is_report, has_jobs=bool(given), all_begun=all_begun)
+
     def _route(self, event: Event) -> None:
+        self._hand_on(event)
+        self._tell_watchdog(is_report=True)
+
+    def _hand_on(self, event: Event) -> None:
         has_ended = isinstance(event, JobDone | JobFailed)
-        if event.job_id in self._leaving:
+        leaving = self._leaving.get(event.job_id)
+        if leaving is not None:
+            leaving.is_begun = True
             if has_ended:
-                self._leaving.discard(event.job_id)
+                del self._leaving[event.job_id]
                 self._admit()
             return
         job = self._jobs.get(event.job_id)
         if job is None or not job.is_sent:
             return  # a late word about a job that has ended
+        job.is_begun = True
         job.inbox.put_nowait(event)
         if has_ended:
             del self._jobs[job.id]
@@ -353,7 +379,7 @@ class LocalBackend:
         if not process.is_ready:
             self._bury_unborn(process, ending, is_late=is_late)
         for job in sent:
-            job.is_sent = False
+            job.is_sent = job.is_begun = False
             job.n_deaths += 1
             if job.is_cancelled:
                 self._end(job, JobCancelled(f"job {job.id} was cancelled"))
@@ -378,6 +404,12 @@ class LocalBackend:
         self._n_failed_starts = 0
         self._why_not = str(error)
         self._fail_all(error)
+
+
+def _end_silent(process: EngineProcess, silent_s: float) -> None:
+    log.error("an engine process is silent and is ended", extra={"pid": process.pid, "silent_s": round(silent_s)})
+    process.why = f"had jobs and said nothing for {silent_s:.0f} s"
+    process.kill()
 
 
 def _as_job_failed(exc: wire.BrokenMessage, process: EngineProcess) -> JobFailed:

@@ -20,49 +20,34 @@ A process that dies is started again by its own `LocalBackend`, which draws its 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import psutil
 
 from sdfleet.backends.base import Backend, Capabilities, OnProgress
-from sdfleet.backends.engine_trial import TrialNotes, timed_trial
+from sdfleet.backends.engine_trial import TrialNotes, timed_trial, warm_up
 from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.placement import Load, Trial, lone_job, shares
+from sdfleet.backends.small_engines import MakeEngine, SmallEngines, is_ready
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.engine.events import EngineOptions
 from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError
 
 log = logging.getLogger(__name__)
 
-# More engines than this were never measured; on more cores each gets several.
-MOST_ENGINES = 8
+# A small engine converts nothing and tries its executors in seconds; more than this is a machine that has no time.
+_SETTLE_DEADLINE_S = 120.0
 # Nothing was asked for that long: the time for a trial.
 PAUSE_S = 1.0
 # A step of one picture that takes longer keeps all cores busy by itself, and a trial would take minutes.
 _LONGEST_STEP_S = 0.5
-# An engine's process without weights: 560 MB were measured after a picture of the built-in model, of 25 MB.
-_ENGINE_BYTES = 600_000_000
-# What the small engines may take of the memory that is free: pictures need some, and so do other programs.
-_SHARE_OF_FREE = 0.6
-# After this many the small engines are given up: what keeps them from starting is not going to change.
-_MOST_FAILED_STARTS = 3
 _SEEDS = 2**64
 
 _Kind = tuple[str, int, int]
-
-
-class MakeEngine(Protocol):
-    """Builds one engine's backend, not yet started. Its arguments are those of `LocalBackend`."""
-
-    def __call__(
-        self, options: EngineOptions, *, name: str, cores: Collection[int] | None, on_facts: Callable[[], None]
-    ) -> LocalBackend: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -115,32 +100,19 @@ class EnginePool:
         free_bytes: Callable[[], int] = lambda: psutil.virtual_memory().available,
         pause_s: float = PAUSE_S,
     ) -> None:
-        cores = _usable_cores()
-        n_cores = n_cores or options.n_threads or len(cores)
-        n_small = min(n_cores, MOST_ENGINES) if n_engines == "auto" else n_engines
         self._is_forced = n_engines != "auto"
-        self._limit_bytes = options.memory_limit_bytes
-        self._free_bytes = free_bytes
         self._pause_s = pause_s
-        self._wide = make(options, name="local", cores=None, on_facts=self._consider)
-        self._small: list[LocalBackend] = []
-        n_threads = max(1, n_cores // n_small)
-        if n_small > 1:
-            limit = None if self._limit_bytes is None else self._limit_bytes // (2 * n_small)
-            narrow = replace(options, n_threads=n_threads, memory_limit_bytes=limit)
-            for i in range(n_small):
-                mine = cores[i * n_threads : (i + 1) * n_threads] if options.n_threads is None else []
-                engine = make(narrow, name=f"local-{i + 1}", cores=mine or None, on_facts=self._consider)
-                self._small.append(engine)
-        self._setting = f"{n_small} engines of {n_threads} threads, {n_cores} cores, {options.dtype}"
+        self._wide = make(options, name="local", cores=None, on_facts=self._hear)
+        self._small = SmallEngines(
+            options, n_engines=n_engines, n_cores=n_cores, make=make, on_facts=self._hear, free_bytes=free_bytes,
+            wide_facts=lambda: self._wide.capabilities().facts,
+        )  # fmt: skip
         self._notes = TrialNotes(notes_folder)
         self._jobs: dict[JobId, _Job] = {}
         self._seen: dict[_Kind, _Seen] = {}
-        self._starting: asyncio.Task[None] | None = None
-        self._n_failed_starts = 0
+        self._heard = asyncio.Event()
         self._pause: asyncio.TimerHandle | None = None
         self._trying: asyncio.Task[None] | None = None
-        self._why_not_small = ""
         self._is_closed = False
 
     @property
@@ -150,7 +122,7 @@ class EnginePool:
 
     def capabilities(self) -> Capabilities:
         wide = self._wide.capabilities()
-        running = [job for job in self._jobs.values() if any(_is_ready(part.engine) for part in job.parts)]
+        running = [job for job in self._jobs.values() if any(is_ready(part.engine) for part in job.parts)]
         return replace(
             wide, n_running=len(running), n_waiting=len(self._jobs) - len(running), facts=self._facts(wide.facts)
         )
@@ -162,9 +134,9 @@ class EnginePool:
         """
         await self._wide.start()
         if self._is_forced and self._small:
-            self._want_small()
-            if self._starting is not None:
-                await asyncio.wait({self._starting})
+            self._small.want()
+            if self._small.starting is not None:
+                await asyncio.wait({self._small.starting})
 
     async def generate(self, drawing: Drawing, on_progress: OnProgress | None = None) -> ImageResult:
         if self._is_closed:
@@ -201,7 +173,8 @@ class EnginePool:
     async def close(self) -> None:
         self._is_closed = True
         self._stop_trying()
-        tasks = [task for task in (self._trying, self._starting) if task is not None]
+        self._small.give_up()
+        tasks = [task for task in (self._trying, self._small.starting) if task is not None]
         for task in tasks:
             task.cancel()
         # The engines end at the same time: each may take seconds.
@@ -239,9 +212,9 @@ class EnginePool:
             return False
         if not (self._is_forced or (seen.trial is not None and seen.trial.is_spread)):
             return False
-        if all(map(_is_ready, self._small)):
+        if self._small.are_ready:
             return True
-        self._want_small()  # not for this job, which would have to wait for them
+        self._small.want()  # not for this job, which would have to wait for them
         return False
 
     def _wide_is_taken(self, *, but: _Job) -> bool:
@@ -265,7 +238,9 @@ class EnginePool:
         kind = _kind(drawing)
         seen = self._seen.get(kind)
         if seen is None:
-            trial = self._notes.find(drawing, setting=self._setting) if self._small and not self._is_forced else None
+            trial = (
+                self._notes.find(drawing, setting=self._small.setting) if self._small and not self._is_forced else None
+            )
             seen = self._seen[kind] = _Seen(drawing, float("inf"), trial)
         seen.like = drawing
         return seen
@@ -323,41 +298,10 @@ class EnginePool:
 
     # ------------------------------------------------------------------------------------- small engines and trials
 
-    def _want_small(self) -> None:
-        """Start the small engines, unless they run, this is no CPU, or the memory does not hold them."""
-        if self._n_failed_starts >= _MOST_FAILED_STARTS or self._is_closed or _runs(self._starting):
-            return
-        self._why_not_small = self._refusal()
-        if not self._why_not_small and not all(map(_is_ready, self._small)):
-            self._starting = asyncio.create_task(self._start_small(), name="small engines")
-
-    async def _start_small(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for engine in self._small:
-                    tasks.create_task(engine.start())
-        except* SdfleetError as group:
-            self._n_failed_starts += 1
-            self._why_not_small = str(group.exceptions[0])
-            log.warning("small engines could not be started, the wide one draws", extra={"why": self._why_not_small})
-
-    def _refusal(self) -> str:
-        """Why there can be no small engines now; "" if there can."""
-        facts = self._wide.capabilities().facts
-        if facts.get("device") in {"cuda", "mps"}:
-            return f"one engine owns the {facts['device']} device"
-        missing = [engine for engine in self._small if not _is_ready(engine)]
-        weights_bytes = cast("int", facts.get("resident_bytes", 0))
-        needed_bytes = len(missing) * (_ENGINE_BYTES + weights_bytes)
-        free_bytes = self._free_bytes()
-        if self._limit_bytes is not None:
-            free_bytes = min(free_bytes, self._limit_bytes - weights_bytes)
-        if needed_bytes > free_bytes * _SHARE_OF_FREE:
-            return (
-                f"{len(missing)} more engines take {needed_bytes / 1e9:.1f} GB, and may take "
-                f"{_SHARE_OF_FREE:.0%} of the {free_bytes / 1e9:.1f} GB that are free"
-            )
-        return ""
+    def _hear(self) -> None:
+        """An engine said something new of itself."""
+        self._heard.set()
+        self._consider()
 
     def _consider(self) -> None:
         """With nothing to draw, see whether there is something to try; begins after a pause."""
@@ -372,18 +316,18 @@ class EnginePool:
     def _wants_small_soon(self) -> bool:
         """Whether the small engines will be needed, by what was drawn so far, and do not stand yet."""
         needed = any(self._is_forced or (s.trial is not None and s.trial.is_spread) for s in self._seen.values())
-        is_asked = self._starting is not None
-        return bool(self._small) and needed and not is_asked and _is_ready(self._wide)
+        is_asked = self._small.starting is not None
+        return bool(self._small) and needed and not is_asked and is_ready(self._wide)
 
     def _use_pause(self) -> None:
         self._pause = None
         if self._wants_small_soon():
-            self._want_small()
+            self._small.want()
         elif (seen := self._to_try()) is not None and not _runs(self._trying):
             self._trying = asyncio.create_task(self._try(seen), name="trial of engines")
 
     def _to_try(self) -> _Seen | None:
-        if self._is_forced or not self._small or not _is_ready(self._wide) or self._refusal():
+        if self._is_forced or not self._small or not is_ready(self._wide) or self._small.refusal():
             return None
         for seen in self._seen.values():
             executors, is_settled = self._executors(seen.like.checkpoint)
@@ -402,19 +346,34 @@ class EnginePool:
             is_settled = is_settled and bool(about.get("is_settled", True))
         return tuple(names), is_settled
 
+    async def _all_settled(self, checkpoint: str) -> None:
+        """Until no engine that has drawn with a checkpoint is about to try another executor, which takes its core.
+
+        Raises EngineFailed when that takes too long.
+        """
+        try:
+            async with asyncio.timeout(_SETTLE_DEADLINE_S):
+                while not all(_has_settled(engine, checkpoint) for engine in self._engines):
+                    self._heard.clear()
+                    await self._heard.wait()
+        except TimeoutError:
+            raise EngineFailed(f"the engines were busy with their executors for {_SETTLE_DEADLINE_S:g} s") from None
+
     async def _try(self, seen: _Seen) -> None:
         like, told = seen.like, {"checkpoint": seen.like.checkpoint}
         try:
             await asyncio.gather(*(engine.start() for engine in self._small))
+            await warm_up(self._small, like)
+            await self._all_settled(like.checkpoint)
             executors, _ = self._executors(like.checkpoint)
-            trial = await timed_trial(self._wide, self._small, like, executors=executors)
+            trial = await timed_trial(self._wide, list(self._small), like, executors=executors)
         except* SdfleetError as group:
             log.warning("engines could not be tried", extra={**told, "why": str(group.exceptions[0])})
             seen.tried_with.add(self._executors(like.checkpoint)[0])
         else:
             seen.trial = trial
             seen.tried_with.add(executors)
-            self._notes.keep(like, trial, setting=self._setting)
+            self._notes.keep(like, trial, setting=self._small.setting)
             log.info("engines chosen", extra={**told, "gain": round(trial.gain, 2), "is_spread": trial.is_spread})
         finally:
             self._trying = None
@@ -441,7 +400,7 @@ class EnginePool:
                 for engine in self._engines
             ]
             facts["engine_trials"] = {f"{k[0]} {k[1]}x{k[2]}": told for k, told in self._trials_told()}
-            facts["why_one_engine"] = self._why_not_small
+            facts["why_one_engine"] = self._small.why_not
         return facts
 
     def _trials_told(self) -> Iterator[tuple[_Kind, dict[str, object]]]:
@@ -451,21 +410,19 @@ class EnginePool:
                 yield kind, {"gain": round(trial.gain, 2), "is_spread": trial.is_spread, "seconds": times}
 
 
+def _has_settled(engine: Backend, checkpoint: str) -> bool:
+    """Whether an engine says that what runs this checkpoint's denoiser stays. What it says comes after its picture."""
+    facts = engine.capabilities().facts
+    is_told = checkpoint in cast("Sequence[str]", facts.get("checkpoints", [checkpoint]))
+    executors = cast("Mapping[str, Mapping[str, object]]", facts.get("executors", {}))
+    return is_told and bool(executors.get(checkpoint, {}).get("is_settled", True))
+
+
 _TIMES = ("wide_one", "wide_many", "small_one", "small_many")
-
-
-def _usable_cores() -> list[int]:
-    with contextlib.suppress(AttributeError):  # macOS has no affinity
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _runs(task: asyncio.Task[None] | None) -> bool:
     return task is not None and not task.done()
-
-
-def _is_ready(engine: Backend) -> bool:
-    return engine.capabilities().state == "ready"
 
 
 def _kind(drawing: Drawing) -> _Kind:

@@ -7,12 +7,12 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
-from sdfleet.engine.events import DeviceChoice, DtypeChoice
+from sdfleet.engine.events import DeviceChoice, DtypeChoice, WeightsChoice
 from sdfleet.errors import InvalidValue, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -34,12 +34,14 @@ class Device:
     """One device and the formats used on it. `why` says how the format was chosen, for people.
 
     dtype: text encoders and denoiser. vae_dtype: the picture decoder, which breaks first in half precision.
+    keeps_fp8: large weights are kept in 8 bits and widened to dtype when they are used, see fp8_weights.py.
     """
 
     kind: str
     dtype: torch.dtype
     vae_dtype: torch.dtype
     why: str
+    keeps_fp8: bool = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -68,18 +70,17 @@ class Device:
             torch.mps.empty_cache()
 
 
-def choose_device(device: DeviceChoice, dtype: DtypeChoice) -> Device:
+def choose_device(device: DeviceChoice, dtype: DtypeChoice, weights: WeightsChoice = "auto") -> Device:
     """The device to draw on and its formats.
 
-    Raises InvalidValue when the device named is absent, or when float16 is asked for on a CPU: float16
-    arithmetic there is emulated and measured 400 times slower than bfloat16.
+    Raises InvalidValue when the device named is absent, when weights are to be kept in a format it does not have, or
+    when float16 is asked for on a CPU, where it is emulated and measured 400 times slower than bfloat16.
     """
     kind = _present(device)
-    if kind == "cuda":
-        return _on_cuda(dtype)
-    if kind == "mps":
-        return _on_mps(dtype)
-    return _on_cpu(dtype)
+    if kind == "mps" and weights == "fp8":
+        raise InvalidValue("weights", "Metal has no 8-bit floats", hint="use weights auto, and memory mode eco")
+    on_kind = {"cuda": _on_cuda, "mps": _on_mps, "cpu": _on_cpu}
+    return replace(on_kind[kind](dtype), keeps_fp8=weights == "fp8")
 
 
 def _present(choice: DeviceChoice) -> str:

@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, options: EngineOptions) -> None:
         if options.n_threads is not None:
             torch.set_num_threads(options.n_threads)
-        self._device = choose_device(options.device, options.dtype)
+        self._device = choose_device(options.device, options.dtype, options.weights)
         self._residency = DeviceResidency(self._device, options)
         self._batcher = Batcher(max_rows=options.max_rows)
         self._clock = StepClock(self._device)
@@ -80,6 +80,7 @@ class Engine:
             "device": self._device.kind,
             "dtype": self._device.dtype_name,
             "dtype_reason": self._device.why,
+            "weights": "fp8" if self._device.keeps_fp8 else self._device.dtype_name,
             "threads": torch.get_num_threads(),
             "checkpoints": list(self._residency.checkpoints),
             "resident_bytes": self._residency.resident_bytes(),
@@ -162,7 +163,7 @@ class Engine:
             source = family.source(drawing)
             self._residency.enter(loaded, "denoise")
         job.tokens = prompts.tokens
-        warnings = (*prompts.warnings, *self._residency.executors.told(drawing.checkpoint)[1])
+        warnings = (*prompts.warnings, *self._residency.told(drawing.checkpoint)[1])
         job.warnings += [warning for warning in warnings if warning not in job.warnings]
         from_noise = drawing.task == "txt2img" or (drawing.task == "inpaint" and drawing.strength == 1)
         for index in range(drawing.n_images):
@@ -369,7 +370,7 @@ class Engine:
                 warnings=tuple(job.warnings),
                 rungs=tuple(job.rungs),
                 device=self._device.kind,
-                dtype=self._residency.executors.told(job.drawing.checkpoint)[0] or self._device.dtype_name,
+                dtype=self._residency.told(job.drawing.checkpoint)[0],
             )
         )
 

@@ -11,6 +11,7 @@ from sdfleet.errors import SdfleetError
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsChoice = Literal["auto", "fp8"]
 MemoryMode = Literal["auto", "fast", "eco"]
 CompileChoice = Literal["auto", "off", "on"]
 ExecutorChoice = Literal["auto", "torch", "openvino", "int8"]
@@ -20,6 +21,7 @@ ExecutorChoice = Literal["auto", "torch", "openvino", "int8"]
 class EngineOptions:
     """How one engine uses its device.
 
+    weights: fp8 keeps large weights in 8 bits: about half the memory, slower steps, other pictures; auto: as dtype.
     max_rows: most network rows in one step (a guided picture takes two); None lets the batcher measure.
     memory_limit_bytes: most bytes for weights and activations together; None asks the device.
     n_threads: CPU threads for torch; None takes every core this process may use.
@@ -31,6 +33,7 @@ class EngineOptions:
 
     device: DeviceChoice = "auto"
     dtype: DtypeChoice = "auto"
+    weights: WeightsChoice = "auto"
     memory_mode: MemoryMode = "auto"
     max_rows: int | None = None
     memory_limit_bytes: int | None = None

@@ -98,13 +98,16 @@ class Executors:
         wanted = (
             self._is_forced or self._wants_int8 or (options.executor == "auto" and options.cache_folder is not None)
         )
-        self._is_on = wanted and _can_be(device)
+        # OpenVINO would keep the weights in a format of its own.
+        self._is_on = wanted and _can_be(device) and not device.keeps_fp8
         self._cache = ModelCache(Path(options.cache_folder) if options.cache_folder is not None else None)
         self._known: dict[str, _Denoiser] = {}
 
     def adopt(self, components: Components, name: ComponentName) -> None:
         """A checkpoint was opened and nothing of it is loaded yet: what is known decides what will be."""
-        call = call_of(components.class_name(name), components.config(name)) if self._is_on else None
+        # What is packed was made small on purpose; a conversion would unpack it.
+        is_on = self._is_on and not components.is_packed(name)
+        call = call_of(components.class_name(name), components.config(name)) if is_on else None
         if call is None:
             return
         checkpoint = str(components.folder)
@@ -404,6 +407,8 @@ def is_of(checkpoint: str, key: Hashable) -> bool:
 def _refuse_where_it_cannot_be(device: Device) -> None:
     if device.kind != "cpu":
         raise InvalidValue("executor", f"OpenVINO draws on a CPU here, not on {device.kind}", hint="use auto or torch")
+    if device.keeps_fp8:
+        raise InvalidValue("weights", "OpenVINO keeps weights in its own format", hint="use executor torch with fp8")
     if not _is_installed():
         raise InvalidValue("executor", "OpenVINO is not installed", hint="pip install 'sdfleet[openvino]'")
 

@@ -16,6 +16,7 @@ from sdfleet.engine.events import EngineOptions, MemoryMode
 from sdfleet.engine.executors import Executors
 from sdfleet.engine.families import FAMILIES
 from sdfleet.engine.families.base import LatentFamily, Phase
+from sdfleet.engine.fp8_weights import TOLD as IN_FP8
 from sdfleet.engine.memory import MemoryPlan, Residency, plan
 from sdfleet.engine.prompt_cache import PromptCache
 from sdfleet.errors import OutOfMemory, UnknownName
@@ -83,6 +84,14 @@ class DeviceResidency:
             self.executors.watch(family.components)
             self.compiling.watch(family.components, family.denoiser)
         return loaded
+
+    def told(self, checkpoint: str) -> tuple[str, tuple[str, ...]]:
+        """The formats a checkpoint is drawn in, and what a job should be warned of."""
+        dtype, warnings = self.executors.told(checkpoint)
+        if self._device.keeps_fp8:
+            warnings = (*warnings, f"{IN_FP8}: the picture differs from the full one")
+            return f"{self._device.dtype_name}, {IN_FP8}", warnings
+        return dtype or self._device.dtype_name, warnings
 
     def get(self, checkpoint: str) -> Loaded:
         """A checkpoint that was acquired and is still held."""
