@@ -61,6 +61,7 @@ def test_the_environment_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {
         "DEVICE": "CPU",
         "DTYPE": "bfloat16",
+        "WEIGHTS": "FP8",
         "MEMORY_MODE": "eco",
         "MAX_ROWS": "8",
         "MEMORY_LIMIT": "1.5GiB",
@@ -69,6 +70,7 @@ def test_the_environment_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(f"SD_{name}", value)
     options = engine_options(load_settings())
     assert (options.device, options.dtype, options.memory_mode) == ("cpu", "bfloat16", "eco")
+    assert options.weights == "fp8"
     assert (options.max_rows, options.memory_limit_bytes, options.n_threads) == (8, 3 * 2**29, 2)
 
 

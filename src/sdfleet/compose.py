@@ -14,10 +14,18 @@ from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.pool import EnginePool
 from sdfleet.catalog.store import Catalog
 from sdfleet.engine.events import EngineOptions
+from sdfleet.errors import InUse, InvalidValue
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic import SecretStr
+
+    from sdfleet.catalog.hubs.hub import Hub, Source
+    from sdfleet.catalog.single_file.layout import Prediction
+    from sdfleet.catalog.store import Entry
     from sdfleet.domain import Job
     from sdfleet.jobs.desk import JobDesk
     from sdfleet.jobs.readiness import Readiness
@@ -57,6 +65,7 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(
         device=settings.device,
         dtype=settings.dtype,
+        weights=settings.weights,
         memory_mode=settings.memory_mode,
         max_rows=settings.max_rows,
         memory_limit_bytes=settings.memory_limit,
@@ -72,9 +81,68 @@ def catalog(settings: Settings) -> Catalog:
     return Catalog(settings.models_folder)
 
 
+def import_checkpoint(
+    settings: Settings, path: Path, *, name: str | None, base: str | None, prediction: Prediction | None
+) -> tuple[Entry, tuple[str, ...]]:
+    """Make a folder in the diffusers layout, or a single file, known; and what a person should know of it.
+
+    name: its own, in small letters, where None. Raises as `Catalog.add` and `import_file`.
+    """
+    from sdfleet.catalog.single_file.importing import import_file, name_from
+
+    def check(folder: Path) -> None:
+        from sdfleet.engine.single_file import check as check_weights
+
+        check_weights(folder)
+
+    known, name = catalog(settings), name_from(path) if name is None else name
+    if not path.expanduser().is_file():
+        if base is not None or prediction is not None:
+            raise InvalidValue("path", f"{path} is no single file", hint="--base and --prediction are for single files")
+        return known.add(path, name=name), ()
+    imported = import_file(known, path, name=name, base=base, prediction=prediction, check=check)
+    return imported.entry, imported.notes
+
+
+def hub(settings: Settings, source: Source | None = None) -> Hub:
+    """Where weights are downloaded from; the one of the settings, unless another is named. Nothing is asked yet."""
+    from sdfleet.catalog.hubs import hugging_face, modelscope
+    from sdfleet.catalog.hubs.hub import Access
+
+    def access(endpoint: str, token: SecretStr | None, officials: tuple[str, ...]) -> Access:
+        return Access(
+            endpoint=endpoint,
+            token=None if token is None else token.get_secret_value(),
+            sends_token=endpoint in officials or settings.token_to_mirror,
+        )
+
+    chosen = source or settings.hub
+    match chosen:
+        case "hf":
+            return hugging_face.HuggingFace(access(settings.hf_endpoint, settings.hf_token, (hugging_face.OFFICIAL,)))
+        case "modelscope":
+            officials = (modelscope.OFFICIAL, modelscope.INTERNATIONAL)
+            return modelscope.ModelScope(
+                access(settings.modelscope_endpoint, settings.modelscope_token, officials),
+                notes_folder=settings.cache_folder / "modelscope",
+            )
+        case _:
+            assert_never(chosen)
+
+
 def standalone(settings: Settings) -> Runtime:
     """Everything for one machine: its checkpoints, and an engine that starts with the first job."""
     return Runtime(catalog=catalog(settings), backend=_backend(settings))
+
+
+async def check_is_idle(jobs: JobStore, model: str) -> None:
+    """Raise InUse while a job waits for this model or is drawn with it."""
+    needed = [job_id for job_id, name in (await jobs.open_models()).items() if name == model]
+    if needed:
+        raise InUse(
+            f"{model} is needed by {len(needed)} job{'s' if len(needed) > 1 else ''}, such as {needed[0]}",
+            hint="wait until they have ended, or cancel them: sdfleet jobs cancel ID",
+        )
 
 
 @contextlib.asynccontextmanager

@@ -57,7 +57,19 @@ def _names(value: object) -> object:
     return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
 
 
+def _endpoint(value: object) -> object:
+    """A web address without the slash at its end; a name alone is taken for https."""
+    if not isinstance(value, str):
+        return value
+    address = value.strip().rstrip("/")
+    address = address if "://" in address else f"https://{address}"
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", address):
+        raise ValueError("is not a web address, for example https://huggingface.co")
+    return address
+
+
 Folder = Annotated[Path, BeforeValidator(_folder)]
+Endpoint = Annotated[str, BeforeValidator(_endpoint)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
@@ -88,6 +100,8 @@ class Settings(BaseSettings):
     """Where to draw."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_lower)] = "auto"
     """Number format of the weights; `auto` takes the fastest that this machine computes well."""
+    weights: Annotated[Literal["auto", "fp8"], BeforeValidator(_lower)] = "auto"
+    """`fp8` keeps the denoiser's and large text encoders' weights in 8 bits: half the memory, other pictures."""
     memory_mode: Annotated[Literal["auto", "fast", "eco"], BeforeValidator(_lower)] = "auto"
     """`fast` keeps everything on the device, `eco` as little as it can."""
     max_rows: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -138,6 +152,20 @@ class Settings(BaseSettings):
     """Whether input pictures may be named by URL."""
     allow_private_urls: bool = False
     """Whether such URLs, and webhooks, may lead into private networks."""
+    hub: Annotated[Literal["hf", "modelscope"], BeforeValidator(_lower)] = "hf"
+    """Where `sdfleet models pull` gets weights when it is not told: Hugging Face or ModelScope."""
+    hf_endpoint: Endpoint = "https://huggingface.co"
+    """Hugging Face, or a mirror of it."""
+    hf_token: SecretStr | None = None
+    """A token of Hugging Face, for gated and private models; the login of the `hf` command when not set."""
+    modelscope_endpoint: Endpoint = "https://modelscope.cn"
+    """ModelScope, or a mirror of it."""
+    modelscope_token: SecretStr | None = None
+    """A token of ModelScope, for private models."""
+    token_to_mirror: bool = False
+    """Whether the tokens are also sent to mirrors, which could keep them."""
+    pull_without_asking: bool = False
+    """A yes to every download that is asked for, for machines where nobody can be asked."""
     otel_endpoint: str | None = None
     """An OpenTelemetry collector that is told of every job (OTLP over HTTP), for example `http://localhost:4318`."""
     keep_outputs_days: Annotated[float, Field(gt=0)] | None = None
@@ -169,7 +197,15 @@ class Settings(BaseSettings):
 CONFIG_FILE = "sdfleet.toml"
 MAX_CONFIG_BYTES = 2**20
 # What the same thing is called elsewhere.
-OTHER_NAMES = {"SD_OUTPUT_DIR": "outputs", "SD_MODEL_ID": "model"}
+OTHER_NAMES = {
+    "SD_OUTPUT_DIR": "outputs",
+    "SD_MODEL_ID": "model",
+    "SD_HUGGINGFACE_TOKEN": "hf_token",
+    "HF_TOKEN": "hf_token",
+    "HF_ENDPOINT": "hf_endpoint",
+    "MODELSCOPE_API_TOKEN": "modelscope_token",
+    "MODELSCOPE_ENDPOINT": "modelscope_endpoint",
+}
 # Names without a prefix mean something else in many a shell; only the server reads them.
 SERVER_NAMES = {
     "API_KEY": "api_key",
@@ -212,7 +248,7 @@ def load_settings(*, for_server: bool = False, **given: object) -> Settings:
         raise InvalidValue(source, f"{shown} {_reason(fault['type'], fault['msg'])}") from exc
 
 
-_SECRETS = frozenset({"api_key", "database_url"})
+_SECRETS = frozenset({"api_key", "database_url", "hf_token", "modelscope_token"})
 
 
 def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:

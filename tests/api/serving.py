@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from sdfleet.api.app import create_app
-from sdfleet.api.http import Server
+from sdfleet.api.http import Server, listen
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.compose import House
 from sdfleet.domain import Drawing
@@ -91,8 +91,8 @@ class Running:
 class _Server(Server):
     """Our server, telling another thread when it serves."""
 
-    def __init__(self, app: FastAPI) -> None:
-        super().__init__(app)
+    def __init__(self, app: FastAPI, *, loop: str) -> None:
+        super().__init__(app, loop=loop)
         self.has_begun = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -110,12 +110,12 @@ class _Server(Server):
 
 
 @contextlib.contextmanager
-def running(home: Path, *, is_loaded: bool = True, **settings: object) -> Iterator[Running]:
-    """A server with these settings, its files in `home`. is_loaded: wait until the model is."""
+def running(home: Path, *, is_loaded: bool = True, loop: str = "auto", **settings: object) -> Iterator[Running]:
+    """A server with these settings, its files in `home`. is_loaded: wait until the model is. loop: see uvicorn."""
     given: dict[str, Any] = {"home": home, "backend": "fake", "drain_s": 0.0, **settings}
     app = create_app(load_settings(**given))
-    server = _Server(app)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    server = _Server(app, loop=loop)
+    with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.begin, args=([listening],), name="server under test")
         thread.start()
         try:

@@ -92,12 +92,9 @@ def life(home: Path, **settings: object) -> Iterator[Life]:
         "SD_HOME": home, "SD_PORT": 0, "SD_LOG_JSON": 1, "SD_DEVICE": "cpu", "SD_DTYPE": "float32",
         "SD_EXECUTOR": "torch", "SD_ENGINES": 1, "SD_THREADS": 1, **settings,
     }  # fmt: skip
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SD_")}
+    set_by = [f"{name}={value}" for name, value in given.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdfleet", "serve"],
-        env={**environ, **{name: str(value) for name, value in given.items()}},
-        stderr=subprocess.PIPE,
-        text=True,
+        ["env", *set_by, sys.executable, "-m", "sdfleet", "serve"], stderr=subprocess.PIPE, text=True
     )
     with process:
         one = Life(process)
@@ -203,9 +200,7 @@ def drawn(home: Path) -> dict[str, list[np.ndarray[Any, np.dtype[np.int16]]]]:
     for job in stored(home):
         assert job.submission.idempotency is not None
         decoded = [pictures.decode(files.read(output)) for output in job.outputs]
-        found[job.submission.idempotency.key] = [
-            np.frombuffer(one.data, np.uint8).astype(np.int16) for one in decoded
-        ]
+        found[job.submission.idempotency.key] = [np.frombuffer(one.data, np.uint8).astype(np.int16) for one in decoded]
     return found
 
 
@@ -237,7 +232,8 @@ def _begin_three(one: Life) -> list[str]:
     """Three long jobs, of which the first is being drawn; the ids."""
     one.until(lambda _: bool(one.url))
     with Client(base_url=one.url, timeout=PATIENCE_S) as client:
-        ids = [client.post("/api/jobs", json={"prompt": "a circle", "steps": 60, "seed": i}).json()["id"] for i in "123"]
+        bodies = [{"prompt": "a circle", "steps": 60, "seed": i} for i in range(3)]
+        ids: list[str] = [client.post("/api/jobs", json=body).json()["id"] for body in bodies]
         with client.stream("GET", f"/api/jobs/{ids[0]}/events?previews=false") as events:
             assert any(line == "event: step" for line in events.iter_lines())
     return ids
@@ -263,7 +259,7 @@ def test_sigterm_lets_the_running_job_end_and_keeps_the_others(tmp_path: Path) -
         said = one.rest()
         assert one.process.wait(PATIENCE_S) == 0, said
     assert "Traceback" not in said
-    by_id = {job.id: job for job in stored(tmp_path)}
+    by_id = {str(job.id): job for job in stored(tmp_path)}
     assert [by_id[id_].state for id_ in ids] == ["done", "queued", "queued"]
     # Its picture is drawn too: the caller was told to come back, and did not leave.
     assert (heard[0].status_code, heard[0].json()["code"]) == (503, "shutting_down")
@@ -281,7 +277,7 @@ def test_a_job_that_does_not_end_within_the_drain_is_drawn_by_the_next_life(tmp_
         left = set(ids)
         while left:
             left.discard(one.until(lambda record: record.get("message") == "job done")["job_id"])
-    jobs = {job.id: job for job in stored(tmp_path)}
+    jobs = {str(job.id): job for job in stored(tmp_path)}
     assert [jobs[id_].attempts for id_ in ids] == [2, 1, 1]
 
 

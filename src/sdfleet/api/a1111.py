@@ -25,7 +25,7 @@ from sdfleet.api.a1111_wire import (
     ProgressState,
     Txt2ImgAsked,
 )
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, needs
 from sdfleet.api.answering import as_json, house_of, submit, succeeded, wait
 from sdfleet.api.asked import client_of, read_picture, sides_of
 from sdfleet.api.bodies import described, from_base64, json_body, read_json
@@ -99,13 +99,17 @@ def seat_of(request: Request) -> Seat:
     return seats.setdefault(owner, Seat())
 
 
-@router.post("/txt2img", openapi_extra=described(Txt2ImgAsked), response_model=PictureAnswer)
+@router.post(
+    "/txt2img", dependencies=[needs("generate")], openapi_extra=described(Txt2ImgAsked), response_model=PictureAnswer
+)
 async def txt2img(request: Request, asked: Annotated[Txt2ImgAsked, Depends(json_body(Txt2ImgAsked))]) -> Response:
     """Pictures from a prompt."""
     return await _pictures(request, asked, image=None, mask=None, patch=None)
 
 
-@router.post("/img2img", openapi_extra=described(Img2ImgAsked), response_model=PictureAnswer)
+@router.post(
+    "/img2img", dependencies=[needs("generate")], openapi_extra=described(Img2ImgAsked), response_model=PictureAnswer
+)
 async def img2img(request: Request, asked: Annotated[Img2ImgAsked, Depends(json_body(Img2ImgAsked))]) -> Response:
     """Pictures from another one, the whole of it or what a mask leaves white."""
     if not asked.init_images:
@@ -168,7 +172,6 @@ async def _pictures(
     patch: retouch.Patch | None,
 ) -> Response:
     house, seat = house_of(request), seat_of(request)
-    check_right(caller_of(request), "generate")
     submission = await _submission(request, asked, image=image, mask=mask)
     house.readiness.check()
     job = await submit(request, submission)
@@ -377,10 +380,9 @@ async def _open_jobs(request: Request) -> list[JobStatus]:
     return sorted(ours, key=lambda status: (status.job.state != "running", status.job.created_s))
 
 
-@router.post("/interrupt")
+@router.post("/interrupt", dependencies=[needs("generate")])
 async def interrupt(request: Request) -> dict[str, Any]:
     """Stop the caller's pictures, and those of the caller alone."""
-    check_right(caller_of(request), "generate")
     seat = seat_of(request)
     for status in await _open_jobs(request):
         seat.is_interrupted = True
@@ -388,10 +390,9 @@ async def interrupt(request: Request) -> dict[str, Any]:
     return {}
 
 
-@router.post("/skip")
+@router.post("/skip", dependencies=[needs("generate")])
 async def skip(request: Request) -> dict[str, Any]:
     """Stop the picture that is being drawn; those that wait go on."""
-    check_right(caller_of(request), "generate")
     open_jobs = await _open_jobs(request)
     if open_jobs and open_jobs[0].job.state == "running":
         seat_of(request).is_interrupted = True

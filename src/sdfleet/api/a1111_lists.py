@@ -9,11 +9,19 @@ from typing import Annotated, Any
 import psutil
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
+from starlette.responses import Response
 
 from sdfleet.api.a1111 import FAULTS, hash_of, title_of
-from sdfleet.api.a1111_wire import ExtraAsked, ExtraBatchAsked, ExtraSingleAsked, PngInfoAsked
-from sdfleet.api.access import caller_of, check_right
-from sdfleet.api.answering import house_of
+from sdfleet.api.a1111_wire import (
+    ExtraAsked,
+    ExtraBatchAnswer,
+    ExtraBatchAsked,
+    ExtraSingleAnswer,
+    ExtraSingleAsked,
+    PngInfoAsked,
+)
+from sdfleet.api.access import caller_of, check_right, needs
+from sdfleet.api.answering import as_json, house_of
 from sdfleet.api.bodies import described, from_base64, json_body
 from sdfleet.engine.sampler_names import SamplerName, a1111_label, known_samplers, parse_sampler
 from sdfleet.errors import InvalidValue, NotFound
@@ -141,25 +149,27 @@ async def png_info(asked: Annotated[PngInfoAsked, Depends(json_body(PngInfoAsked
     return {"info": info, "items": {"parameters": info}, "parameters": parameters}
 
 
-@router.post("/extra-single-image", openapi_extra=described(ExtraSingleAsked))
-async def extra_single(
-    request: Request, asked: Annotated[ExtraSingleAsked, Depends(json_body(ExtraSingleAsked))]
-) -> dict[str, str]:
+@router.post(
+    "/extra-single-image",
+    dependencies=[needs("generate")],
+    response_model=ExtraSingleAnswer,
+    openapi_extra=described(ExtraSingleAsked),
+)
+async def extra_single(asked: Annotated[ExtraSingleAsked, Depends(json_body(ExtraSingleAsked))]) -> Response:
     """A finished picture, enlarged."""
-    check_right(caller_of(request), "generate")
-    return {"html_info": "", "image": await asyncio.to_thread(_enlarged, asked, asked.image)}
+    return await as_json(ExtraSingleAnswer(image=await asyncio.to_thread(_enlarged, asked, asked.image)))
 
 
-@router.post("/extra-batch-images", openapi_extra=described(ExtraBatchAsked))
-async def extra_batch(
-    request: Request, asked: Annotated[ExtraBatchAsked, Depends(json_body(ExtraBatchAsked))]
-) -> dict[str, Any]:
+@router.post(
+    "/extra-batch-images",
+    dependencies=[needs("generate")],
+    response_model=ExtraBatchAnswer,
+    openapi_extra=described(ExtraBatchAsked),
+)
+async def extra_batch(asked: Annotated[ExtraBatchAsked, Depends(json_body(ExtraBatchAsked))]) -> Response:
     """Several finished pictures, enlarged."""
-    check_right(caller_of(request), "generate")
-    return {
-        "html_info": "",
-        "images": [await asyncio.to_thread(_enlarged, asked, each.data) for each in asked.image_list],
-    }
+    images = [await asyncio.to_thread(_enlarged, asked, each.data) for each in asked.image_list]
+    return await as_json(ExtraBatchAnswer(images=images))
 
 
 def _enlarged(asked: ExtraAsked, image: str) -> str:

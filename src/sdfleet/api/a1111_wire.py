@@ -152,6 +152,20 @@ class ExtraSingleAsked(ExtraAsked):
     image: str
 
 
+class ExtraSingleAnswer(BaseModel):
+    """The enlarged picture as base64 PNG."""
+
+    html_info: str = ""
+    image: str
+
+
+class ExtraBatchAnswer(BaseModel):
+    """The enlarged pictures as base64 PNG, in their order."""
+
+    html_info: str = ""
+    images: list[str]
+
+
 class NamedPicture(BaseModel):
     """One of several pictures."""
 

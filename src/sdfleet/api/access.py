@@ -19,9 +19,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from fastapi import Depends
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -222,6 +223,15 @@ def caller_of(request: Request) -> Caller:
     """Who asks; set by `Access` for every request."""
     caller: Caller = request.state.caller
     return caller
+
+
+def needs(right: Right) -> Any:
+    """For a route's `dependencies`: its caller has this right, which is looked at before its body is read."""
+
+    async def check(request: Request) -> None:
+        check_right(caller_of(request), right)
+
+    return Depends(check)
 
 
 def check_right(caller: Caller, right: Right) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from sdfleet.api import access
 from sdfleet.compose import House
@@ -33,6 +34,7 @@ RETURN_WITHIN_S = 15.0
 # How long an ended job still answers a repeat: the SDKs wait at most 8 s between tries, with their time-outs 600 s.
 REMEMBERED_S = 120.0
 MAX_REMEMBERED = 10_000
+_PIECE_BYTES = 2**18
 RETRY_COUNT = "x-stainless-retry-count"
 
 
@@ -97,7 +99,7 @@ async def submit_and_wait(request: Request, submission: Submission) -> Job:
 
 
 async def wait(request: Request, job: Job) -> Job:
-    """The job, ended. Raises DeadlineExceeded; the job is cancelled then."""
+    """The job, ended. Raises DeadlineExceeded, see `out_of_time`."""
     house = house_of(request)
     async with staying(request, job):
         ending = asyncio.ensure_future(house.desk.wait(job.id))
@@ -110,15 +112,22 @@ async def wait(request: Request, job: Job) -> Job:
                 return ending.result()
             if leaving.done():
                 raise ClientLeft
-            await house.desk.cancel(job.id)
-            raise DeadlineExceeded(
-                f"job {job.id} was not done after {house.settings.request_timeout_s:g} s",
-                hint="ask with POST /api/jobs, which does not wait",
-            )
+            raise await out_of_time(request, job)
         finally:
             for task in (ending, leaving):
                 task.cancel()
             await asyncio.wait({ending, leaving})
+
+
+async def out_of_time(request: Request, job: Job) -> DeadlineExceeded:
+    """What to raise when a caller has waited SD_REQUEST_TIMEOUT_S; the job is cancelled unless others wait for it."""
+    house = house_of(request)
+    if waiting_of(request).n_waiting[job.id] <= 1:
+        await house.desk.cancel(job.id)
+    return DeadlineExceeded(
+        f"job {job.id} was not done after {house.settings.request_timeout_s:g} s",
+        hint="ask with POST /api/jobs, which does not wait",
+    )
 
 
 @contextlib.asynccontextmanager
@@ -149,9 +158,8 @@ async def _cancel_unless_joined(request: Request, job_id: JobId) -> None:
     house, waiting = house_of(request), waiting_of(request)
     if RETRY_COUNT in request.headers:
         # The SDK's retry joins the job within this time, see `submit`.
-        ended = asyncio.ensure_future(house.desk.wait(job_id))
-        await asyncio.wait({ended}, timeout=RETURN_WITHIN_S)
-        ended.cancel()
+        with contextlib.suppress(SdfleetError):
+            await house.desk.wait(job_id, deadline_s=RETURN_WITHIN_S)
     if not waiting.n_waiting[job_id]:
         with contextlib.suppress(SdfleetError):  # it ended, or was pruned, in the meantime
             await house.desk.cancel(job_id)
@@ -183,9 +191,22 @@ def failure(job: Job) -> SdfleetError:
     return from_wire(dict(job.error))
 
 
+class LargeResponse(Response):
+    """A long body in pieces: others are served between them, and no more is copied than the reader takes."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytes(self.body)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for at in range(0, len(body), _PIECE_BYTES):
+            piece = body[at : at + _PIECE_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 async def as_json(answer: BaseModel) -> Response:
     """An answer with pictures in it as JSON, written in a worker thread: that takes milliseconds per megabyte."""
-    return Response(await asyncio.to_thread(answer.model_dump_json), media_type="application/json")
+    body = await asyncio.to_thread(lambda: answer.model_dump_json().encode())
+    return LargeResponse(body, media_type="application/json")
 
 
 def fingerprint(submission: Submission) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -21,13 +22,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet import __version__, compose
-from sdfleet.api import a1111, a1111_lists, bfl, herd, jobs, links, native, ollama, openai, system
+from sdfleet.api import a1111, a1111_lists, bfl, herd, jobs, links, native, ollama, openai, pulling, system
 from sdfleet.api.access import Access, Doorkeeper, RateLimit, is_loopback
 from sdfleet.api.answering import ClientLeft, Waiting
 from sdfleet.api.dialect import BadBody, Dialect
 from sdfleet.api.limits import Limits, Tracing
 from sdfleet.errors import MethodNotAllowed, NotAcceptable, NotFound, SdfleetError
 from sdfleet.settings import Settings
+
+log = logging.getLogger(__name__)
 
 # The longest prefix wins; what no line names is answered as our own API.
 DIALECTS: dict[str, Dialect] = {
@@ -87,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.fault = None
     for router in (
         openai.router, a1111.router,
-        a1111_lists.router, ollama.router, herd.router, bfl.router, native.router, jobs.router,
+        a1111_lists.router, ollama.router, pulling.router, herd.router, bfl.router, native.router, jobs.router,
         links.router, system.router,
     ):  # fmt: skip
         app.include_router(router)
@@ -116,21 +119,28 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         running: set[asyncio.Task[None]] = set()
 
         def background(work: Coroutine[Any, Any, None]) -> None:
-            """Do something that no answer waits for; it ends with the server."""
-            task = tasks.create_task(work)
+            """Do something that no answer waits for. It ends with the server; its faults are its own."""
+            task = asyncio.create_task(work)
             running.add(task)
-            task.add_done_callback(running.discard)
+            task.add_done_callback(ended)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            running.discard(task)
+            if not task.cancelled() and (fault := task.exception()) is not None:
+                log.error("a fault of sdfleet itself, beside any request", exc_info=fault)
 
         app.state.background = background
         background(house.readiness.load())
         # A server whose desk has died would take jobs that nobody draws: it ends with the desk instead.
-        background(house.desk.stand())
+        tasks.create_task(house.desk.stand())
         try:
             yield
         finally:
             await drain(app)
             for task in running:
                 task.cancel()
+            if running:
+                await asyncio.wait(running)
 
 
 async def drain(app: FastAPI) -> None:

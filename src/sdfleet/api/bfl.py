@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of, submit
 from sdfleet.api.asked import client_of, read_picture, sides_of
 from sdfleet.api.bodies import described, json_body
@@ -22,7 +22,15 @@ from sdfleet.api.dialect import BadBody, error_response, field_of
 from sdfleet.api.links import signed_link
 from sdfleet.compose import House
 from sdfleet.domain import ImageRequest, JobId, JobStatus, Submission, Webhook
-from sdfleet.errors import BadRequest, InvalidValue, NotAuthenticated, NotFound, SdfleetError, UnknownName
+from sdfleet.errors import (
+    BadRequest,
+    CheckpointNotFound,
+    InvalidValue,
+    NotAuthenticated,
+    NotFound,
+    SdfleetError,
+    UnknownName,
+)
 
 # Their endpoints, and the card of ours that is the same model; the others are drawn by the default model.
 OURS: dict[str, str] = {
@@ -93,7 +101,7 @@ class Submitted(BaseModel):
     polling_url: str
 
 
-@router.post("/v1/flux-{kind}", openapi_extra=described(Asked))
+@router.post("/v1/flux-{kind}", dependencies=[needs("generate")], openapi_extra=described(Asked))
 async def submit_flux(
     request: Request,
     kind: Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9.-]{0,40}$")],
@@ -111,7 +119,7 @@ async def _model(house: House, name: str) -> str:
     """Our model of that name, else the default one."""
     try:
         return (await asyncio.to_thread(house.catalog.resolve, OURS.get(name, name))).card.name
-    except UnknownName:
+    except (UnknownName, CheckpointNotFound):
         return house.settings.model
 
 
@@ -191,6 +199,7 @@ def _result(request: Request, status: JobStatus) -> Result:
             found = {
                 "sample": signed_link(request, output),
                 "prompt": job.request.prompt,
+                "model": job.request.model,
                 "seed": output.seed,
                 "start_time": job.started_s,
                 "end_time": job.finished_s,

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet import __version__
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of, submit_and_wait
 from sdfleet.api.asked import client_of, model_named, sides_of
 from sdfleet.api.bodies import described, json_body
@@ -67,6 +67,7 @@ class GenerateImageAsked(BaseModel):
 
 @router.post(
     "/api/generate-image",
+    dependencies=[needs("generate")],
     openapi_extra=described(GenerateImageAsked),
     response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
@@ -127,7 +128,7 @@ async def generate_image(
 
 def _header(text: str) -> str:
     """Text that a header may hold."""
-    return text.encode("ascii", "replace").decode().replace("\r", " ").replace("\n", " ")[:500]
+    return "".join(c if " " <= c <= "~" else "?" for c in text[:500])
 
 
 async def _model(house: House, name: str) -> str:

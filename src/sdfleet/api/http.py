@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                # Its own lines say nothing that ours do not, and a fault of the start with a traceback instead of a line.
+                # Ours say the same, and a fault of the start in one line instead of a traceback.
                 log_level="critical",
                 access_log=False,
                 server_header=False,

@@ -13,11 +13,11 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of, submit
 from sdfleet.api.asked import PictureFields, to_submission
 from sdfleet.api.bodies import described, json_body
-from sdfleet.api.native import DIALECT, FAULTS, MEDIA_TYPES
+from sdfleet.api.native import DIALECT, FAULTS, MEDIA_TYPES, PICTURE
 from sdfleet.domain import Caller, Job, JobEvent, JobId, JobState, JobStatus, Output, OutputId, OwnerId
 from sdfleet.errors import NotFound
 from sdfleet.storage import pictures
@@ -102,7 +102,13 @@ class OutputsAnswer(BaseModel):
     next: str | None
 
 
-@router.post("/api/jobs", status_code=202, response_model=JobAnswer, openapi_extra=described(PictureFields))
+@router.post(
+    "/api/jobs",
+    status_code=202,
+    dependencies=[needs("generate")],
+    response_model=JobAnswer,
+    openapi_extra=described(PictureFields),
+)
 async def submit_job(request: Request, asked: Annotated[PictureFields, Depends(json_body(PictureFields))]) -> Response:
     """A job that is in the store for good when this answers."""
     job = await submit(request, await to_submission(request, asked, dialect=DIALECT.name))
@@ -134,7 +140,11 @@ async def show_job(request: Request, job_id: str) -> JobAnswer:
     return answer_of(await _status(request, job_id))
 
 
-@router.get("/api/jobs/{job_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/api/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
 async def job_events(
     request: Request,
     job_id: str,
@@ -174,17 +184,15 @@ def _json(value: dict[str, Any]) -> str:
     return bytes(JSONResponse(value).body).decode()
 
 
-@router.delete("/api/jobs/{job_id}")
+@router.delete("/api/jobs/{job_id}", dependencies=[needs("generate")])
 async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     """Stop a job before its next step; a job that has ended stays as it is."""
-    check_right(caller_of(request), "generate")
     return answer_of(await house_of(request).desk.cancel(JobId(job_id), owner=_visible_to(request)))
 
 
-@router.post("/api/jobs/{job_id}/retry", status_code=202)
+@router.post("/api/jobs/{job_id}/retry", status_code=202, dependencies=[needs("generate")])
 async def retry_job(request: Request, job_id: str) -> JobAnswer:
     """Another try of a job that failed or was cancelled, with the same seed and settings."""
-    check_right(caller_of(request), "generate")
     desk = house_of(request).desk
     job = await desk.retry(JobId(job_id), owner=_visible_to(request))
     return answer_of(await desk.status(job.id))
@@ -201,10 +209,7 @@ async def list_outputs(
     return OutputsAnswer(outputs=[_output(output) for output in outputs], next=following)
 
 
-_PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}, **FAULTS}
-
-
-@router.get("/api/outputs/{output_id}", response_class=Response, responses=_PICTURE)
+@router.get("/api/outputs/{output_id}", response_class=Response, responses=PICTURE)
 async def show_output(request: Request, output_id: str) -> Response:
     """A finished picture, with how it was made inside the file."""
     output = await _found(request, output_id)
@@ -213,7 +218,7 @@ async def show_output(request: Request, output_id: str) -> Response:
     return Response(content, media_type=MEDIA_TYPES[output.format], headers=headers)
 
 
-@router.get("/api/outputs/{output_id}/thumbnail", response_class=Response, responses=_PICTURE)
+@router.get("/api/outputs/{output_id}/thumbnail", response_class=Response, responses=PICTURE)
 async def show_thumbnail(request: Request, output_id: str) -> Response:
     """A small WebP of a finished picture."""
     output = await _found(request, output_id)
@@ -221,10 +226,9 @@ async def show_thumbnail(request: Request, output_id: str) -> Response:
     return Response(content, media_type="image/webp", headers={"Cache-Control": CACHE})
 
 
-@router.delete("/api/outputs/{output_id}", status_code=204, response_class=Response)
+@router.delete("/api/outputs/{output_id}", status_code=204, response_class=Response, dependencies=[needs("generate")])
 async def delete_output(request: Request, output_id: str) -> Response:
     """Remove a finished picture for good; its job stays in the list."""
-    check_right(caller_of(request), "generate")
     house = house_of(request)
     output = await _found(request, output_id)
     await house.store.forget_outputs([output.id])

@@ -18,8 +18,9 @@ from sdfleet.errors import EngineFailed, NotAcceptable, TooLarge
 
 log = logging.getLogger(__name__)
 
-# The longest pause between two pieces of a body; a phone on a bad line is quicker.
+# The longest pause between two pieces of a body, and what it brings on average; a phone on a bad line is quicker.
 BODY_PAUSE_S = 30.0
+MIN_BYTES_PER_S = 8 * 2**10
 # What the log shows where the caller left before there was an answer.
 _NO_ANSWER = 499
 
@@ -43,23 +44,22 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told = Headers(scope=scope).get("content-length", "0")
-        if told.isascii() and told.isdigit() and int(told[:20]) > self._max_body:
-            response = self._dialect_of(scope["path"]).error(self._too_large())
-            response.headers["Connection"] = "close"
-            await response(scope, receive, send)
-            return
+        headers = Headers(scope=scope)
+        told = headers.get("content-length", "0")
+        begun_s = time.monotonic()
         n_bytes = 0
-        is_whole = False
+        is_whole = told == "0" and "transfer-encoding" not in headers
 
         async def limited() -> Message:
             nonlocal n_bytes, is_whole
             if is_whole:  # only the end of the connection is still to come, at any time
                 return await receive()
+            late_s = begun_s + BODY_PAUSE_S + n_bytes / MIN_BYTES_PER_S - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), BODY_PAUSE_S)
+                async with asyncio.timeout(min(BODY_PAUSE_S, late_s)):
+                    message = await receive()
             except TimeoutError as exc:
-                raise BodyTooSlow(f"nothing came for {BODY_PAUSE_S:g} s", hint="send the body faster") from exc
+                raise BodyTooSlow("the body comes too slowly", hint="send it faster") from exc
             if message["type"] == "http.request":
                 n_bytes += len(message.get("body", b""))
                 is_whole = not message.get("more_body", False)
@@ -67,7 +67,16 @@ class Limits:
                     raise self._too_large()
             return message
 
-        await self._app(scope, limited, send)
+        async def closing(message: Message) -> None:
+            # Who is refused before the end of the body is not read any further.
+            if message["type"] == "http.response.start" and not is_whole and message["status"] >= 400:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        if told.isascii() and told.isdigit() and int(told[:20]) > self._max_body:
+            await self._dialect_of(scope["path"]).error(self._too_large())(scope, receive, closing)
+            return
+        await self._app(scope, limited, closing)
 
     def _too_large(self) -> TooLarge:
         return TooLarge(

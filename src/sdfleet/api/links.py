@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet.api.answering import house_of
-from sdfleet.api.native import FAULTS, MEDIA_TYPES
+from sdfleet.api.native import FAULTS, MEDIA_TYPES, PICTURE
 from sdfleet.domain import Output, OutputId
 from sdfleet.errors import NotAllowed, NotFound
 from sdfleet.storage.signing import is_signed, sign
@@ -32,7 +32,7 @@ def signed_link(request: Request, output: Output) -> str:
     return f"{base}{PATH}{output.id}?expires={expires}&signature={signature}"
 
 
-@router.get(PATH + "{output_id}", response_class=Response)
+@router.get(PATH + "{output_id}", response_class=Response, responses=PICTURE)
 async def linked_output(
     request: Request,
     output_id: str,

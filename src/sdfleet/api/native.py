@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import as_json, house_of, submit_and_wait
 from sdfleet.api.asked import BACKENDS, FAMILIES, PictureFields, sides_of, to_submission
 from sdfleet.api.bodies import described, json_body
@@ -34,6 +34,18 @@ class Fault(BaseModel):
 
 
 FAULTS: dict[int | str, dict[str, Any]] = {"default": {"model": Fault, "description": "What happened and what to do."}}
+
+
+SIMPLE_FAULTS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "What happened and what to do.",
+        "content": {
+            "application/json": {"schema": {"type": "object", "required": ["detail"], "properties": {"detail": {}}}}
+        },
+    }
+}
+# What an answer with a picture's file looks like to OpenAPI.
+PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}, **FAULTS}
 
 
 class NativeDialect:
@@ -102,9 +114,10 @@ class PictureAnswer(BaseModel):
 
 @router.post(
     "/generate",
+    dependencies=[needs("generate")],
     openapi_extra=described(OnePicture),
     response_model=PictureAnswer,
-    responses={"default": {"description": "`detail` says what happened and what to do."}},
+    responses=SIMPLE_FAULTS,
 )
 async def generate(request: Request, asked: Annotated[OnePicture, Depends(json_body(OnePicture))]) -> Response:
     """One picture, in the answer."""
@@ -163,7 +176,11 @@ _PICTURE_OR_JSON: dict[int | str, dict[str, Any]] = {
 
 
 @router.post(
-    "/api/txt2img", openapi_extra=described(PictureFields), response_model=ImagesAnswer, responses=_PICTURE_OR_JSON
+    "/api/txt2img",
+    dependencies=[needs("generate")],
+    openapi_extra=described(PictureFields),
+    response_model=ImagesAnswer,
+    responses=_PICTURE_OR_JSON,
 )
 async def txt2img(request: Request, asked: Annotated[PictureFields, Depends(json_body(PictureFields))]) -> Response:
     """Pictures from a prompt. With `Accept: image/png` (jpeg, webp) the first picture itself is the answer."""
@@ -171,7 +188,11 @@ async def txt2img(request: Request, asked: Annotated[PictureFields, Depends(json
 
 
 @router.post(
-    "/api/img2img", openapi_extra=described(PictureFields), response_model=ImagesAnswer, responses=_PICTURE_OR_JSON
+    "/api/img2img",
+    dependencies=[needs("generate")],
+    openapi_extra=described(PictureFields),
+    response_model=ImagesAnswer,
+    responses=_PICTURE_OR_JSON,
 )
 async def img2img(request: Request, asked: Annotated[PictureFields, Depends(json_body(PictureFields))]) -> Response:
     """Pictures from another picture: `image`, and a `mask` whose white part is drawn anew."""

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from sdfleet import __version__
-from sdfleet.api.access import caller_of, check_right
+from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import failure, house_of, staying, submit, submit_and_wait, succeeded
 from sdfleet.api.asked import client_of, model_named, read_picture, sides_of
 from sdfleet.api.bodies import described, json_body
@@ -152,6 +152,7 @@ class GenerateAsked(BaseModel):
 
 @router.post(
     "/api/generate",
+    dependencies=[needs("generate")],
     openapi_extra=described(GenerateAsked),
     responses={200: {"content": {NDJSON: {}, "application/json": {}}}},
     response_class=JSONResponse,
@@ -159,7 +160,6 @@ class GenerateAsked(BaseModel):
 async def generate(request: Request, asked: Annotated[GenerateAsked, Depends(json_body(GenerateAsked))]) -> Response:
     """A picture with its progress, one JSON object a line; or all at once with `stream: false`."""
     house = house_of(request)
-    check_right(caller_of(request), "generate")
     if not asked.model:
         raise InvalidValue("model", "it is missing", hint="see /api/tags")
     entry = await _entry(house, asked.model)

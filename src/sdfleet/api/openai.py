@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet.api.access import caller_of, needs
-from sdfleet.api.answering import house_of, submit, submit_and_wait
+from sdfleet.api.answering import LargeResponse, house_of, submit, submit_and_wait
 from sdfleet.api.asked import client_of
 from sdfleet.api.bodies import decoded, decoded_alpha_mask, decoded_mask, described, json_body
 from sdfleet.api.dialect import BadBody, error_response, field_of, printable
@@ -327,7 +327,7 @@ async def _as_json(
         warnings=[*notes, *job.warnings],
     )
     body = await asyncio.to_thread(_spelled, answer, contents)
-    return Response(body, media_type="application/json", headers={"X-Job-Id": job.id})
+    return LargeResponse(body, media_type="application/json", headers={"X-Job-Id": job.id})
 
 
 def _spelled(answer: ImagesAnswer, contents: Sequence[bytes]) -> bytes:

@@ -21,11 +21,11 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from sdfleet.api.answering import house_of, staying, succeeded
+from sdfleet.api.answering import house_of, out_of_time, staying, succeeded
 from sdfleet.api.dialect import printable
 from sdfleet.api.openai_wire import Asked, Usage, usage
 from sdfleet.domain import Job, JobEvent, Output, Picture, Progress, Submission
-from sdfleet.errors import DeadlineExceeded, SdfleetError
+from sdfleet.errors import SdfleetError
 from sdfleet.storage import pictures
 
 Kind = Literal["image_generation", "image_edit"]
@@ -112,7 +112,7 @@ async def told(request: Request, job: Job, telling: Telling) -> AsyncGenerator[b
 
 
 async def _until_deadline(request: Request, job: Job, events: AsyncGenerator[JobEvent]) -> AsyncGenerator[JobEvent]:
-    """The events, for as long as a route may take. Raises DeadlineExceeded; the job is cancelled then."""
+    """The events, for as long as a route may take. Raises DeadlineExceeded."""
     house = house_of(request)
     limit_s = house.settings.request_timeout_s
     end_s = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
@@ -121,10 +121,7 @@ async def _until_deadline(request: Request, job: Job, events: AsyncGenerator[Job
             async with asyncio.timeout_at(end_s):
                 event = await anext(events, None)
         except TimeoutError as exc:
-            await house.desk.cancel(job.id)
-            raise DeadlineExceeded(
-                f"job {job.id} was not done after {limit_s:g} s", hint="ask with POST /api/jobs, which does not wait"
-            ) from exc
+            raise await out_of_time(request, job) from exc
         if event is None:
             return
         yield event

@@ -12,8 +12,9 @@ from starlette.responses import Response
 from sdfleet import __version__
 from sdfleet.api import access
 from sdfleet.api.answering import house_of
+from sdfleet.api.native import FAULTS
 
-router = APIRouter(tags=["system"])
+router = APIRouter(tags=["system"], responses=FAULTS)
 
 
 @router.get("/health")
@@ -57,7 +58,7 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Numbers in Prometheus' text format."""
     house = house_of(request)

@@ -25,8 +25,13 @@ from sdfleet.errors import InvalidValue
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 MAX_URL_CHARS = 2000
-# IPv6 addresses that carry an IPv4 address in their last 32 bits: NAT64, and the old "compatible" form.
-_CARRIERS = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+# IPv6 addresses that carry an IPv4 address in their last 32 bits: mapped, translated (SIIT), NAT64, and the old
+# "compatible" form.
+_CARRIERS = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")))
+# All the internet there is in IPv6. `is_global` says yes to site-local addresses, a network's own NAT64 and more.
+_IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
+# In there, or in IPv4, and still nobody's: documentation, and the relays that were given up.
+_NOBODYS = (ipaddress.IPv6Network("3fff::/20"), ipaddress.IPv4Network("192.88.99.0/24"))
 
 
 def is_public(address: str) -> bool:
@@ -35,7 +40,9 @@ def is_public(address: str) -> bool:
         found = ipaddress.ip_address(address.split("%", 1)[0])
     except ValueError:
         return False
-    return all(each.is_global and not each.is_multicast for each in (found, *_carried(found)))
+    carried = _carried(found)
+    is_outside = found.version == 4 or found in _IPV6_INTERNET or any(found in network for network in _CARRIERS)
+    return is_outside and all(map(_is_global, carried or (found,)))
 
 
 def check_url(field: str, url: str, *, allow_private: bool) -> SplitResult:
@@ -54,7 +61,7 @@ def check_url(field: str, url: str, *, allow_private: bool) -> SplitResult:
         raise InvalidValue(field, "this is not an http or https URL")
     if parts.username is not None or parts.password is not None:
         raise InvalidValue(field, "a URL with a user name or password is not called")
-    if not allow_private and (parts.hostname == "localhost" or _is_private_literal(parts.hostname)):
+    if not allow_private and _is_private(parts.hostname.rstrip(".")):
         raise InvalidValue(
             field, f"{parts.hostname} is not a public address", hint="set SD_ALLOW_PRIVATE_URLS=1 to allow it"
         )
@@ -106,19 +113,28 @@ class GuardedNetwork(httpcore2.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
+def _is_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    is_nobodys = any(address.version == network.version and address in network for network in _NOBODYS)
+    return address.is_global and not address.is_multicast and not is_nobodys
+
+
 def _carried(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     """IPv4 addresses that an IPv6 address stands for."""
     if isinstance(address, ipaddress.IPv4Address):
         return []
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    found = [address.sixtofour, *(address.teredo or ())]
     if any(address in network for network in _CARRIERS):
         found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     return [each for each in found if each is not None]
 
 
-def _is_private_literal(host: str) -> bool:
+def _is_private(host: str) -> bool:
+    """Whether a host that needs no name server is of our own networks; also 2130706433, 0x7f.1 and 0177.0.0.1."""
     try:
         ipaddress.ip_address(host.split("%", 1)[0])
     except ValueError:
-        return False
+        try:
+            host = socket.inet_ntoa(socket.inet_aton(host))
+        except OSError:
+            return host == "localhost" or host.endswith(".localhost")
     return not is_public(host)

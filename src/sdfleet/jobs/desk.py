@@ -44,8 +44,8 @@ from sdfleet.storage.output_files import OutputFiles
 
 log = logging.getLogger(__name__)
 
-# Fills the step batches of every device measured so far (benchmarks/LOG.md); more would only take away the queue's say
-# in who is next, and make a cancelled or urgent job wait behind what was handed over already.
+# Two batches of 16 guided pictures: a guess at what keeps a device busy, not measured. More would only take away the
+# queue's say in who is next, and make a cancelled or urgent job wait behind what was handed over already.
 MAX_PICTURES = 32
 MAX_QUEUED = 1000
 MOST_PRIORITY = 100

@@ -290,6 +290,15 @@ class JobStore:
 
         return await self._database.read(work)
 
+    async def open_models(self) -> dict[JobId, str]:
+        """The model of every job that has not ended."""
+        query = select(jobs.c.id, jobs.c.model).where(jobs.c.state.in_(("queued", "running")))
+
+        def work(connection: Connection) -> dict[JobId, str]:
+            return {JobId(row.id): row.model for row in connection.execute(query)}
+
+        return await self._database.read(work)
+
     async def n_queued(self, owner: OwnerId) -> int:
         """How many jobs of this owner wait."""
         return await self._database.read(lambda connection: _n_queued(connection, owner))
