@@ -25,10 +25,18 @@ from sdfleet.api.answering import failure, house_of, staying, submit, submit_and
 from sdfleet.api.asked import client_of, model_named, read_picture, sides_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import error_response
-from sdfleet.catalog.store import Entry
+from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.compose import House
 from sdfleet.domain import MAX_SIDE_PX, ImageRequest, Job, JobEvent, Submission
-from sdfleet.errors import BadRequest, InvalidValue, NotAuthenticated, NotFound, SdfleetError, UnknownName
+from sdfleet.errors import (
+    BadRequest,
+    CheckpointError,
+    InvalidValue,
+    NotAuthenticated,
+    NotFound,
+    SdfleetError,
+    UnknownName,
+)
 
 FAULTS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -117,7 +125,7 @@ async def show(request: Request, asked: Annotated[ShowAsked, Depends(json_body(S
     house = house_of(request)
     entry = await _entry(house, asked.model or asked.name)
     card = entry.card
-    about = await asyncio.to_thread(_described, entry)
+    about = await asyncio.to_thread(_described, house.catalog, entry)
     defaults = {
         "width": card.width_px, "height": card.height_px, "steps": card.steps, "guidance": card.guidance,
         "sampler": card.sampler,
@@ -296,10 +304,10 @@ async def _entry(house: House, name: str) -> Entry:
 
 def _described_all(house: House, folders: set[str] | None = None) -> list[dict[str, Any]]:
     entries = house.catalog.entries()
-    return [_described(entry) for entry in entries if folders is None or str(entry.folder) in folders]
+    return [_described(house.catalog, entry) for entry in entries if folders is None or str(entry.folder) in folders]
 
 
-def _described(entry: Entry) -> dict[str, Any]:
+def _described(catalog: Catalog, entry: Entry) -> dict[str, Any]:
     """A model as `/api/tags` lists it; what Ollama's types require is never null."""
     card = entry.card
     files = [path for path in entry.folder.rglob("*") if path.is_file()] if entry.folder.is_dir() else []
@@ -308,7 +316,7 @@ def _described(entry: Entry) -> dict[str, Any]:
         "name": card.name,
         "model": card.name,
         "modified_at": datetime.fromtimestamp(newest_s, UTC).isoformat().replace("+00:00", "Z"),
-        "size": sum(path.stat().st_size for path in files),
+        "size": _size(catalog, entry),
         "digest": hashlib.sha256(card.model_dump_json().encode()).hexdigest(),
         "details": {
             "parent_model": "",
@@ -320,6 +328,14 @@ def _described(entry: Entry) -> dict[str, Any]:
         },
         "capabilities": ["image"],
     }
+
+
+def _size(catalog: Catalog, entry: Entry) -> int:
+    """Bytes of the weights, wherever they lie; 0 for a checkpoint that cannot be used."""
+    try:
+        return catalog.inspect(entry).n_bytes
+    except CheckpointError:
+        return 0
 
 
 def _now() -> str:
