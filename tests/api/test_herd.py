@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.api.serving import Running
 def _run(command: str, folder: Path, here: Running) -> str:
     """The command's output, with the port of the server under test."""
     port = here.url.rpartition(":")[2]
-    text = command.replace("localhost:11435", f"localhost:{port}").replace("python3", sys.executable)
+    text = command.replace("localhost:11435", f"localhost:{port}").replace("python3", shlex.quote(sys.executable))
     done = subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout
 
