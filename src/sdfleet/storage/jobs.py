@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -32,36 +32,13 @@ from sdfleet.domain import Job, JobId, JobState, Output, OutputId, OwnerId, Subm
 from sdfleet.errors import Conflict, InvalidValue, QueueFull
 from sdfleet.storage import job_rows
 from sdfleet.storage.database import Database
+from sdfleet.storage.statistics import ImageStats, drawing_s, recent_of
 from sdfleet.storage.tables import deliveries, jobs, outputs, pictures
 
 STATES: tuple[JobState, ...] = ("queued", "running", "done", "failed", "cancelled")
 
 # Statements with long lists of ids are cut: SQLite before 3.32 takes 999 values in one.
 _CHUNK = 500
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecentImage:
-    """One ended job in the statistics; sizes are of the drawn picture."""
-
-    finished_s: float
-    model: str
-    state: Literal["done", "failed"]
-    generation_s: float | None
-    width_px: int | None
-    height_px: int | None
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageStats:
-    """Ended jobs since some time: how many, of which models (name to count, done and failed), and the newest ones."""
-
-    n_done: int
-    n_failed: int
-    avg_generation_s: float | None
-    by_model: Mapping[str, int]
-    recent: tuple[RecentImage, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +129,7 @@ class JobStore:
         change = {
             "warnings": job_rows.dump(list(warnings)),
             "facts": job_rows.dump(facts),
-            "generation_s": _drawing_s(timings_s),
+            "generation_s": drawing_s(timings_s),
         }
         return await self._end(job_id, "done", from_=("running",), change=change, finished=outputs)
 
@@ -322,7 +299,7 @@ class JobStore:
                 n_failed=sum(n for state, _, n, *_ in groups if state == "failed"),
                 avg_generation_s=sum(total_s or 0.0 for *_, total_s, _ in groups) / n_timed if n_timed else None,
                 by_model=by_model,
-                recent=tuple(_recent(row) for row in connection.execute(recent).mappings()),
+                recent=tuple(recent_of(row) for row in connection.execute(recent).mappings()),
             )
 
         return await self._database.read(work)
@@ -492,22 +469,3 @@ def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
 
 def _told(error: Mapping[str, str]) -> dict[str, Any]:
     return {"error": job_rows.dump(dict(error))}
-
-
-def _drawing_s(timings_s: Mapping[str, float]) -> float | None:
-    """Seconds of drawing alone: without the wait for the model."""
-    phases = [timings_s[phase] for phase in ("encode", "denoise", "decode") if phase in timings_s]
-    return sum(phases) if phases else timings_s.get("total")
-
-
-def _recent(row: RowMapping) -> RecentImage:
-    error = job_rows.read_error(row)
-    return RecentImage(
-        finished_s=row["finished_s"],
-        model=row["model"],
-        state=row["state"],
-        generation_s=row["generation_s"],
-        width_px=row["width_px"],
-        height_px=row["height_px"],
-        error=None if error is None else error.get("message", ""),
-    )
