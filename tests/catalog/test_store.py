@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sdfleet.catalog import store
 from sdfleet.catalog.cards import Card
+from sdfleet.catalog.identify import Identified, identify
 from sdfleet.catalog.store import BuiltIn, Catalog, packaged
 from sdfleet.errors import BrokenCheckpoint, CheckpointError, CheckpointNotFound, InvalidValue, UnknownName
 from tests.catalog.folders import write_sd
@@ -137,3 +139,22 @@ def test_a_broken_folder_is_not_imported(catalog: Catalog, tmp_path: Path) -> No
     with pytest.raises(BrokenCheckpoint):
         catalog.add(folder, name="mine")
     assert not (tmp_path / "models").exists()
+
+
+def test_a_folder_is_read_again_when_a_file_of_it_has_changed_and_only_then(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = catalog.add(write_sd(tmp_path / "sd"), name="mine")
+    read: list[Path] = []
+
+    def noted(folder: Path) -> Identified:
+        read.append(folder)
+        return identify(folder)
+
+    monkeypatch.setattr(store, "identify", noted)
+    assert catalog.inspect(entry) == catalog.inspect(entry)
+    assert len(read) == 1
+    (tmp_path / "sd" / "unet" / "config.json").write_text("{", encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(BrokenCheckpoint):
+            catalog.inspect(entry)
