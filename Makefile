@@ -17,6 +17,10 @@ BENCH_GPU =
 PROMPT = a red circle to the left of a blue square on a yellow background
 PY = .venv/bin/python
 INSTALLED = .venv/installed
+TROUBLESHOOTING = $(PY) -c 'import sys; from sdfleet.doctor.page import page; sys.stdout.write(page())'
+# The page's own words above the table stay.
+SETTINGS_PAGE = sed '/^| in sdfleet.toml/,$$d' docs/settings.md && \
+  $(PY) -c 'import sys; from sdfleet.settings import table; sys.stdout.write(table())'
 CLI_REFERENCE = $(PY) -m typer sdfleet.cli.main utils docs --name sdfleet
 PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
@@ -34,6 +38,9 @@ test: $(INSTALLED) static wheel ## everything CI runs: check, the slow tests, th
 check: $(INSTALLED) static ## before a commit: format, lint, types, layers, generated docs, default tests
 	@$(PY) -m pytest -m "not slow"
 
+thorough: $(INSTALLED) ## what `make test` tries a few times, many times: before a release
+	@$(PY) -m pytest -m thorough
+
 bench: $(INSTALLED) ## this machine: ours against plain diffusers, and our server against two others
 	@$(PY) benchmarks/engine_vs_diffusers.py $(BENCH_ENGINE)
 	@$(PY) benchmarks/serve_bench.py $(BENCH_SERVERS)
@@ -44,8 +51,10 @@ bench-gpu: $(INSTALLED) ## an NVIDIA card: published models on random weights, a
 starter: $(INSTALLED) ## train the built-in model again, from nothing (hours on a CPU)
 	@$(PY) -m sdfleet train starter
 
-docs: $(INSTALLED) ## write docs/cli.md again, from the commands themselves
+docs: $(INSTALLED) ## write docs/cli.md, settings.md and troubleshooting.md again, from the code
 	@$(CLI_REFERENCE) > docs/cli.md
+	@mkdir -p build; { $(SETTINGS_PAGE); } > build/settings.md && mv build/settings.md docs/settings.md
+	@$(TROUBLESHOOTING) > docs/troubleshooting.md
 
 clean: ## remove .venv, caches, build folders and the demo picture; finished pictures stay
 	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo*.png
@@ -107,4 +116,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED); \
 	echo "Installed in $$(( $$(date +%s) - start )) s."
 
-.PHONY: help demo test check bench bench-gpu starter docs clean static wheel
+.PHONY: help demo test check thorough bench bench-gpu starter docs clean static wheel

@@ -3,7 +3,7 @@
     python benchmarks/modes.py --prompts 20 --seeds 4        # the step caches, and plainly fewer steps beside them
     python benchmarks/modes.py --sampler euler_a
     python benchmarks/modes.py --modes full,openvino,int8    # needs OpenVINO
-    python benchmarks/modes.py --modes full,fp8              # weights kept in 8 bits
+    python benchmarks/modes.py --modes full,w-fp8,w-int8,w-nf4   # weights kept in few bits; nf4 needs bitsandbytes
     python benchmarks/modes.py --prompts 0 --sheet docs/images/modes-sheet.png
     python benchmarks/modes.py --prompts 0 --rounds 5 --modes full,light,strong
 
@@ -61,7 +61,9 @@ def modes(options: EngineOptions, cache: Path) -> dict[str, Mode]:
         "12 steps": Mode(options=options, steps=12),
         "openvino": Mode(options=replace(options, executor="openvino", cache_folder=str(cache))),
         "int8": Mode(options=replace(options, executor="int8", cache_folder=str(cache))),
-        "fp8": Mode(options=replace(options, weights="fp8")),
+        "w-fp8": Mode(options=replace(options, weights="fp8")),
+        "w-int8": Mode(options=replace(options, weights="int8")),
+        "w-nf4": Mode(options=replace(options, weights="nf4")),
         "int8 light": Mode(options=replace(options, executor="int8", cache_folder=str(cache)), step_cache="light"),
     }
 
@@ -81,7 +83,9 @@ class Painter:
             executors._MUST_WIN_BY, executors._INT8_MOST_APART = 0.0, 1.0  # noqa: SLF001
             while "'executor': 'int8'" not in str(self._engine.facts()["executors"]):
                 self._draw(["a blue star", "a red heart"], [1, 2])
-        print(f"warm: {self._engine.facts()['executors'] or 'torch'}", file=sys.stderr)
+        facts = self._engine.facts()
+        held_mb = int(str(facts["resident_bytes"])) / 1e6
+        print(f"warm: {facts['executors'] or 'torch'}, {held_mb:.1f} MB of weights", file=sys.stderr)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Pixels]:
         return self._draw(prompts, seeds)

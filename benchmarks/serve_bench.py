@@ -4,8 +4,10 @@
     python benchmarks/serve_bench.py --clients 4 --requests 8 --servers C B # a short look
 
 The built-in model at 128 px. Ratios of one run count; few requests understate a server that batches, because the last
-pictures step alone. Where OpenVINO is installed our server converts the model beside the first requests, which are
-slower for it: with --home FOLDER a second run finds the result.
+pictures step alone. What is not counted, for all servers alike: two pictures and --pause seconds without requests after
+the start, and a request of each client, of sixteen at most, before each line. In such pauses our server tries out what
+it will need, and where OpenVINO is installed it converts the model, which takes half a minute: with --home FOLDER a
+second run finds the result, and so does a longer pause.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import httpx2
 from load import Load, Outcome, body, run
 
 START_LIMIT_S = 180.0
+MOST_WARM_UP = 16
 DIALECT = {"ours": "openai"}
 HERE = Path(__file__).parent
 
@@ -89,16 +92,22 @@ def wait_until_it_draws(server: str, url: str, process: subprocess.Popen[bytes])
     raise RuntimeError(f"server {server} did not start: exit code {process.poll()}")
 
 
-def measure(server: str, clients: list[int], *, n_requests: int, home: Path | None) -> list[Outcome]:
+def measure(server: str, clients: list[int], *, n_requests: int, home: Path | None, pause_s: float) -> list[Outcome]:
     """One outcome for each number of clients, after a warm-up that is not counted."""
     dialect = DIALECT.get(server, "plain")
+
+    def load(n_clients: int, n: int) -> Outcome:
+        return asyncio.run(run(url, Load(dialect=dialect, n_clients=n_clients, n_requests=n)))
+
     with started(server, home=home) as url:
-        asyncio.run(run(url, Load(dialect=dialect, n_clients=2, n_requests=2)))
-        return [
+        load(2, 2)
+        time.sleep(pause_s)
+        outcomes = []
+        for n_clients in clients:
+            load(min(n_clients, MOST_WARM_UP), min(n_clients, MOST_WARM_UP))
             # Fewer requests than clients would leave some of them without any.
-            asyncio.run(run(url, Load(dialect=dialect, n_clients=n, n_requests=max(n_requests, n))))
-            for n in clients
-        ]
+            outcomes.append(load(n_clients, max(n_requests, n_clients)))
+        return outcomes
 
 
 def main() -> None:
@@ -107,6 +116,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", choices=("C", "B", "ours"), default=["C", "B", "ours"])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds without requests after each server's start")
     parser.add_argument("--home", type=Path, help="our server's data folder; a new one each time if left out")
     chosen = parser.parse_args()
     servers = list(chosen.servers)
@@ -114,7 +124,8 @@ def main() -> None:
         print("this sdfleet has no `serve` yet: only the baselines are measured")
         servers.remove("ours")
     outcomes = {
-        server: measure(server, chosen.clients, n_requests=chosen.requests, home=chosen.home) for server in servers
+        server: measure(server, chosen.clients, n_requests=chosen.requests, home=chosen.home, pause_s=chosen.pause)
+        for server in servers
     }
     print(
         f"{'server':8} {'clients':>7} {'images/s':>9} {'p50 s':>7} {'p95 s':>7} "
@@ -128,6 +139,8 @@ def main() -> None:
                 for other in servers
                 if other != server and server == "ours"
             )
+            if server == "ours" and "C" in servers:
+                ratios += f"  p95 {got.p95_s / outcomes['C'][i].p95_s:.2f} of C's"
             health = f"{got.health_p50_ms:g} / {got.health_max_ms:g}"
             print(
                 f"{server:8} {n_clients:>7} {got.images_per_s:>9.2f} {got.p50_s:>7.2f} {got.p95_s:>7.2f} "

@@ -26,6 +26,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "sche
 BROAD_HANDLERS = {
     "api/limits.py": 1,  # the caller gets an answer in its dialect and the log has the cause
     "cli/console.py": 1,  # the last word to the person at the terminal
+    "doctor/examining.py": 1,  # one check falls over and says so, the others are told
     "engine/child.py": 1,  # the parent hears why the process ends
     "engine/engine.py": 2,  # one picture fails, its neighbours go on: a call for several, an action for one
     "jobs/drawer.py": 1,  # one job fails, the others go on

@@ -149,9 +149,10 @@ def test_weights_are_drawn_in_the_format_asked_for_and_keep_activations_in_size(
 def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_drawn() -> None:
     with (
         random_folder(architectures.load("flux-dev"), with_text_encoders=False) as (_, written),
-        pytest.raises(OutOfMemory, match=r"needs 4\d\.\d GB"),
+        pytest.raises(OutOfMemory, match=r"needs [1-9]\.\d GB"),
     ):
-        drawn(drawing(written), memory_limit_bytes=8 * 2**30)
+        # Not even block by block: the largest of its layers alone takes more.
+        drawn(drawing(written), memory_limit_bytes=2**28)
 
 
 def test_operations_are_counted_for_every_family(folder: Path) -> None:

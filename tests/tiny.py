@@ -17,7 +17,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 32, 64, 128
 QWEN_WIDTH = 16
@@ -32,6 +34,35 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 def build_sd15() -> Any:
     """SD 1.5: predicts the noise."""
     return diffusers.StableDiffusionPipeline(**_sd_parts(_unet(CLIP_L_WIDTH), _clip_tokenizer()))
+
+
+def build_sd15_checked() -> Any:
+    """SD 1.5 with its safety checker. Its thresholds are drawn as its concepts are: some pictures pass, some do not."""
+    parts = _sd_parts(_unet(CLIP_L_WIDTH), _clip_tokenizer())
+    parts |= {"safety_checker": safety_checker(), "feature_extractor": _clip_preparation()}
+    return diffusers.StableDiffusionPipeline(**parts | {"requires_safety_checker": True})
+
+
+def safety_checker() -> Any:
+    """diffusers' checker of 17 concepts and 3 special ones, four patches by four."""
+    torch.manual_seed(11)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+        "patch_size": 8, "projection_dim": 16,
+    }  # fmt: skip
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for table in (checker.concept_embeds, checker.special_care_embeds):
+            table.normal_()
+        checker.concept_embeds_weights.uniform_(0.3, 0.6)
+        checker.special_care_embeds_weights.uniform_(0.0, 0.4)
+        for parameter in checker.vision_model.parameters():
+            parameter.mul_(4.0)
+    return checker
+
+
+def _clip_preparation() -> Any:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def build_sd15_inpaint() -> Any:
@@ -141,6 +172,7 @@ def build_zimage() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd15": build_sd15,
     "sd15-inpaint": build_sd15_inpaint,
+    "sd15-checked": build_sd15_checked,
     "sd21": build_sd21,
     "sdxl": build_sdxl,
     "sdxl-inpaint": build_sdxl_inpaint,

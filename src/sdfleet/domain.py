@@ -20,7 +20,12 @@ T5Use = Literal["auto", "keep", "skip"]
 StepCache = Literal["off", "light", "strong"]
 PictureFormat = Literal["png", "jpeg", "webp"]
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
-Scope = Literal["generate", "manage", "read"]
+# unfiltered: may ask for less than the server's own check of finished pictures.
+Scope = Literal["generate", "manage", "read", "unfiltered"]
+# What is done with a picture that the model's own checker flags: withheld, delivered with the verdict, never checked.
+SafetyChecker = Literal["on", "flag", "off"]
+# Of one finished picture. off: the checker was switched off; none: the model has none here.
+SafetyVerdict = Literal["passed", "flagged", "off", "none"]
 
 # Who asks where no key is asked for: the person at this machine.
 LOCAL_OWNER = OwnerId("local")
@@ -35,6 +40,10 @@ MAX_IMAGES = 64
 MAX_GUIDANCE = 100.0
 # The longest that the OpenAI API takes; about 100 chunks of 75 tokens.
 MAX_PROMPT_CHARS = 32_000
+MAX_LORAS = 16
+# Sliders go from -5 to 5 at most; past this every picture is noise.
+MAX_LORA_SCALE = 10.0
+MAX_LORA_NAME_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +64,41 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraUse:
+    """A LoRA by its name, and how much of it: on the denoiser, and on the text encoders where that is another number.
+
+    content: what its file held when the request was accepted, see AdapterFile; None until then.
+    """
+
+    name: str
+    scale: float = 1.0
+    text_scale: float | None = None
+    content: str | None = None
+
+    def __post_init__(self) -> None:
+        is_name = self.name.strip() != "" and len(self.name) <= MAX_LORA_NAME_CHARS and self.name.isprintable()
+        if not is_name:
+            raise InvalidValue("loras", f"{self.name[:40]!r} is no name of a LoRA", hint="see `sdfleet models list`")
+        for scale in (self.scale, self.scale if self.text_scale is None else self.text_scale):
+            if not (math.isfinite(scale) and abs(scale) <= MAX_LORA_SCALE):
+                raise InvalidValue(
+                    "loras",
+                    f"the scale {scale} of {self.name!r} is not between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}",
+                )
+
+    @property
+    def tag(self) -> str:
+        """How AUTOMATIC1111's prompts say it: `<lora:name:scale>`, or with the text encoders' scale before the other.
+
+        >>> LoraUse(name="ink", scale=0.5).tag, LoraUse(name="ink", text_scale=0.25).tag
+        ('<lora:ink:0.5>', '<lora:ink:0.25:1>')
+        """
+        scales = [self.scale] if self.text_scale in {None, self.scale} else [self.text_scale or 0.0, self.scale]
+        written = (str(int(scale)) if scale == int(scale) else repr(scale) for scale in scales)
+        return f"<lora:{':'.join((self.name, *written))}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """One request for pictures. What is None is filled from the model's card when the job is made.
 
@@ -65,6 +109,8 @@ class ImageRequest:
     reproducible: the picture's rows run alone, so that not even rounding depends on neighbours.
     allow_degraded: after an out-of-memory the picture may be made smaller instead of failing.
     step_cache: leave network calls out and guess their answers; changes the picture, see docs/modes.md.
+    safety_checker: None takes the server's own; less than that needs the scope `unfiltered`, see docs/safety.md.
+    loras: beside those that the prompt names as `<lora:name:scale>`, see docs/loras.md.
     """
 
     prompt: str
@@ -84,6 +130,8 @@ class ImageRequest:
     reproducible: bool = False
     allow_degraded: bool = False
     step_cache: StepCache = "off"
+    safety_checker: SafetyChecker | None = None
+    loras: tuple[LoraUse, ...] = ()
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt, may_be_empty=False)
@@ -105,6 +153,8 @@ class ImageRequest:
             raise InvalidValue("strength", f"{self.strength} is not above 0 and at most 1")
         if self.mask is not None:
             self._check_mask(self.mask)
+        if len(self.loras) > MAX_LORAS:
+            raise InvalidValue("loras", f"{len(self.loras)} LoRAs asked for", hint=f"use at most {MAX_LORAS}")
 
     def _check_mask(self, mask: Picture) -> None:
         if self.image is None:
@@ -151,14 +201,34 @@ def _check_side(name: str, side_px: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """A LoRA or an embedding on this machine. content: 12 hex digits of the hash of its weights, whatever its name."""
+
+    name: str
+    path: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA as it is drawn with. scale, text_scale: of its part for the denoiser, and for the text encoders."""
+
+    file: AdapterFile
+    scale: float
+    text_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
     """A request with nothing left open: what the engine is given.
 
     checkpoint: folder with the weights; family: which adapter reads them.
     sampler: canonical name, see engine/samplers.py.
+    n_images: 0 only loads the checkpoint.
     resize_to: (width_px, height_px) the finished picture is brought to, when the model cannot draw at that size; for
         another shape it is filled up at the edges, or stretched if there is an input picture, which was stretched too.
     wants_previews: someone is looking; without it no preview is ever computed.
+    loras: none with both scales 0. embeddings: those whose names the prompts hold, as words of their own.
     """
 
     job_id: JobId
@@ -182,6 +252,9 @@ class Drawing:
     step_cache: StepCache = "off"
     resize_to: tuple[int, int] | None = None
     wants_previews: bool = False
+    safety_checker: SafetyChecker = "on"
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[AdapterFile, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -215,16 +288,30 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedPicture:
-    """One picture and how it came to be."""
+    """One picture and how it came to be. index: which of its job's it is; None: its place among the result's."""
 
     picture: Picture
     seed: int
     reproducible: bool = False
+    safety: SafetyVerdict = "none"
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withheld:
+    """A picture that was drawn and not given out, because the model's safety checker flagged it."""
+
+    index: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageResult:
-    """Everything a job gave back. `timings_s` maps a phase (load, encode, denoise, decode, total) to seconds."""
+    """Everything a job gave back. `timings_s` maps a phase (load, encode, denoise, decode, total) to seconds.
+
+    node: the machine of a fleet that drew it; empty where there is no fleet.
+    withheld: pictures that are not among `images`; a backend gives every picture with its verdict, the runtime decides.
+    """
 
     job_id: JobId
     model: str
@@ -236,6 +323,8 @@ class ImageResult:
     device: str = ""
     dtype: str = ""
     rungs: tuple[str, ...] = ()
+    withheld: tuple[Withheld, ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +337,7 @@ class Caller:
 
     owner: OwnerId = LOCAL_OWNER
     name: str = "local"
-    scopes: frozenset[Scope] = frozenset({"generate", "manage", "read"})
+    scopes: frozenset[Scope] = frozenset({"generate", "manage", "read", "unfiltered"})
     max_queued: int | None = None
     rate_per_minute: int | None = None
 
@@ -298,7 +387,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One finished picture in the store."""
+    """One finished picture in the store. prompt: at most the first 500 characters of its job's."""
 
     id: OutputId
     job_id: JobId
@@ -309,6 +398,10 @@ class Output:
     format: PictureFormat
     n_bytes: int
     created_s: float
+    safety: SafetyVerdict = "none"
+    model: str = ""
+    prompt: str = ""
+    is_favourite: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,7 +410,8 @@ class Job:
 
     request: nothing left open (seed, size, steps, guidance, sampler, strength are filled in), so that it is the same
     after any restart. attempts: how often drawing was begun. error: set when failed or cancelled.
-    timings_s, device, dtype, rungs: of the last drawing, when done.
+    timings_s, device, dtype, rungs: of the last drawing, when done. withheld: pictures of it that are no outputs.
+    node: the machine of a fleet that drew it.
     """
 
     id: JobId
@@ -334,6 +428,8 @@ class Job:
     device: str = ""
     dtype: str = ""
     rungs: tuple[str, ...] = ()
+    withheld: tuple[Withheld, ...] = ()
+    node: str = ""
 
     @property
     def request(self) -> ImageRequest:

@@ -27,12 +27,14 @@
     ├── OutOfMemory                the device has no room; the engine tries the next rung before it says so
     ├── EngineDied                 the process that owns the device ended during the job
     ├── EngineFailed               the engine met a fault while drawing one picture
+    ├── ContentWithheld            the model's safety checker flagged every picture of the job
     ├── JobCancelled               somebody asked for the job to stop
     ├── OutputNotWritable          the finished picture could not be saved
     ├── StorageError               the database of jobs cannot be used: not opened, too new, not writable
     ├── AccessError                who asks may not
     │   ├── NotAuthenticated       no key, or one that is not known here
-    │   └── NotAllowed             the key is good but not for this; or the page that asks is not ours
+    │   ├── NotAllowed             the key is good but not for this; or the page that asks is not ours
+    │   └── JoinRefused            a machine may not take part in the fleet: its code, key or certificate is wrong
     ├── NotFound                   no job, picture or route of that name
     ├── NotAcceptable              a body too large, a method that is not there, a media type we do not read
     │   ├── TooLarge
@@ -48,6 +50,7 @@
     │   ├── NotReady               the model is still being loaded
     │   ├── ShuttingDown
     │   └── StoreUnavailable       the database is locked, full or away; nothing was accepted
+    ├── SwitchedOff                somebody who may has switched drawing off
     └── DeadlineExceeded           the job was not done by the time its caller gave it
 
 Each class carries `code` (stable, for programs), `http_status`, and a `hint` (what to do next).
@@ -274,6 +277,13 @@ class EngineFailed(SdfleetError):
     code = "engine_failed"
 
 
+class ContentWithheld(SdfleetError):
+    """Every picture was drawn, and flagged by the checkpoint's own safety checker. Another seed may pass."""
+
+    code = "content_withheld"
+    http_status = 400
+
+
 class JobCancelled(SdfleetError):
     """The job was stopped because somebody asked."""
 
@@ -312,6 +322,12 @@ class NotAllowed(AccessError):
     """The caller is known but may not do this."""
 
     code = "not_allowed"
+
+
+class JoinRefused(AccessError):
+    """A machine may not take part in the fleet, or the one it was led to is not the router it was to join."""
+
+    code = "join_refused"
 
 
 class NotFound(SdfleetError):
@@ -367,6 +383,14 @@ class InUse(Conflict):
     code = "in_use"
 
 
+def in_use(model: str, n_jobs: int) -> InUse:
+    """The refusal to take a checkpoint away from jobs that draw with it."""
+    return InUse(
+        f"{model} is being drawn with by {n_jobs} job{'' if n_jobs == 1 else 's'}",
+        hint="wait until they have ended, or cancel them: sdfleet jobs cancel ID",
+    )
+
+
 class Busy(SdfleetError):
     """Not now. `retry_after_s` says when to try again."""
 
@@ -414,6 +438,13 @@ class StoreUnavailable(Busy):
     """The database cannot be read or written now. What it had accepted before is not lost."""
 
     code = "store_unavailable"
+
+
+class SwitchedOff(SdfleetError):
+    """Somebody who may manage this server has switched it off. Waiting does not help, a person must."""
+
+    code = "switched_off"
+    http_status = 503
 
 
 class DeadlineExceeded(SdfleetError):

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from sdfleet import __version__
 from sdfleet.backends.base import Capabilities
 from sdfleet.domain import Job
+from sdfleet.errors import ContentWithheld
 
 # From a picture of the built-in model on a fast machine to a large one on a slow one.
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
@@ -51,6 +52,12 @@ class Metrics:
             "sdfleet_job_total_seconds", "From acceptance to the stored pictures.", ["model"], buckets=SECONDS,
             registry=registry,
         )  # fmt: skip
+        self._verdicts = Counter(
+            "sdfleet_safety_verdicts",
+            "Pictures by what the model's safety checker said: passed, flagged, withheld, off, none.",
+            ["model", "verdict"],
+            registry=registry,
+        )
         self._rungs = Counter(
             "sdfleet_memory_rungs", "Steps of the memory ladder that jobs took.", ["rung"], registry=registry
         )
@@ -76,6 +83,9 @@ class Metrics:
         model = job.request.model
         self._done.labels(model, job.submission.dialect).inc()
         self._images.labels(model).inc(len(job.outputs))
+        for output in job.outputs:
+            self._verdicts.labels(model, output.safety).inc()
+        self._verdicts.labels(model, "withheld").inc(len(job.withheld))
         self._draw_s.labels(model).observe(draw_s)
         self._total_s.labels(model).observe(total_s)
         for rung in job.rungs:
@@ -84,6 +94,8 @@ class Metrics:
     def on_failed(self, job: Job, *, code: str) -> None:
         """Failed or cancelled."""
         self._failed.labels(job.request.model, code).inc()
+        if code == ContentWithheld.code:
+            self._verdicts.labels(job.request.model, "withheld").inc(job.request.n_images)
 
     def on_store_fault(self, *, code: str) -> None:
         """The store or the outputs' folder could not be written."""
@@ -111,6 +123,12 @@ class _Now(Collector):
         is_up = self._backend.state not in {"unavailable", "closed"}
         state.add_metric([self._backend.name, self._backend.state], float(is_up))
         yield state
+        for fact, name, told in (
+            ("checkpoints", "sdfleet_checkpoints_loaded", "Checkpoints on the device."),
+            ("pinned", "sdfleet_checkpoints_pinned", "Checkpoints that nothing pushes off the device."),
+        ):
+            held = self._backend.facts.get(fact)
+            yield GaugeMetricFamily(name, told, value=len(held) if isinstance(held, list | tuple) else 0)
         facts = GaugeMetricFamily("sdfleet_engine", "What the engine says of itself.", labels=["fact"])
         for name, value in self._backend.facts.items():
             if isinstance(value, int | float) and not isinstance(value, bool):

@@ -11,12 +11,14 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self, assert_never
 
 from sdfleet.backends.base import Backend, Capabilities
+from sdfleet.catalog.adapter_use import find_embeddings, find_loras
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.identify import Identified
 from sdfleet.catalog.store import Catalog, Entry
@@ -30,10 +32,14 @@ from sdfleet.domain import (
     JobId,
     Picture,
     Progress,
+    SafetyChecker,
     T5Use,
+    Withheld,
 )
+from sdfleet.engine.prompt_tags import read_tags
 from sdfleet.engine.sampler_names import parse_sampler
-from sdfleet.errors import InvalidValue, UnsupportedByModel
+from sdfleet.errors import ContentWithheld, InUse, InvalidValue, UnsupportedByModel
+from sdfleet.residents import Residents
 from sdfleet.storage import pictures
 
 log = logging.getLogger(__name__)
@@ -43,13 +49,26 @@ MIN_SIDE_PX = 16
 DEFAULT_STRENGTH = 0.75
 # A seed nobody chose: 32 bits, because AUTOMATIC1111's clients read no longer one.
 RANDOM_SEED_BITS = 32
+_WAYS_OUT = "it errs at times: try another seed or prompt, or see docs/safety.md for how to switch it off"
 
 
 class Runtime:
     """Turns requests into pictures. Use as `async with`; leaving closes the backend."""
 
-    def __init__(self, *, catalog: Catalog, backend: Backend) -> None:
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        backend: Backend,
+        keep_alive_s: float | None = None,
+        safety_checker: SafetyChecker = "on",
+        previews_before_check: bool = True,
+    ) -> None:
+        """safety_checker: where a request says nothing. previews_before_check: also of what may be withheld."""
         self.catalog = catalog
+        self._safety_checker = safety_checker
+        self._previews_before_check = previews_before_check
+        self.residents = Residents(backend, keep_alive_s=keep_alive_s)
         self._backend = backend
 
     async def __aenter__(self) -> Self:
@@ -98,7 +117,12 @@ class Runtime:
         drawing = prepared.drawing
         name = prepared.entry.card.name
         log.info("job started", extra={"job_id": drawing.job_id, "model": name})
-        result = await self._backend.generate(drawing, on_progress)
+        if on_progress is not None and prepared.is_checked and not self._previews_before_check:
+            on_progress = partial(_without_preview, on_progress)
+        await self.residents.renew(drawing.checkpoint, prepared.state)
+        with self.residents.used(drawing.checkpoint):
+            result = await self._backend.generate(drawing, on_progress)
+        result = _given_out(result, model=name)
         spent_s = round(time.monotonic() - started_s, 3)
         log.info("job finished", extra={"job_id": drawing.job_id, "spent_s": spent_s, "rungs": list(result.rungs)})
         return replace(
@@ -112,6 +136,34 @@ class Runtime:
         """Have the backend stand ready before the first job. Raises what a first job would have met."""
         await self._backend.start()
 
+    async def load(self, model: str, *, is_pinned: bool = False) -> None:
+        """Have a model on the device before a job asks for it; pinned, it also stays. Raises as `generate` does."""
+        prepared = await self.prepare(ImageRequest(prompt="load", model=model, seed=0))
+        await self.residents.renew(prepared.drawing.checkpoint, prepared.state)
+        await (self.residents.pin if is_pinned else self.residents.load)(prepared.drawing)
+
+    async def unload(self, model: str) -> None:
+        """Let a model leave the device. Raises UnknownName, or InUse while a job draws with it."""
+        card, folder = await asyncio.to_thread(self._place_of, model)
+        await self.residents.unload(folder, name=card.name)
+
+    async def release(self, model: str) -> None:
+        """Let a model leave at once, or as soon as the jobs that draw with it have ended. Raises UnknownName."""
+        try:
+            await self.unload(model)
+        except InUse:
+            await self.keep(model, 0)
+
+    async def unpin(self, model: str) -> None:
+        """Let a pinned model leave again when its time has come. Raises UnknownName."""
+        _, folder = await asyncio.to_thread(self._place_of, model)
+        await self.residents.unpin(folder)
+
+    async def keep(self, model: str, keep_alive_s: float | None, *, after_next_job: bool = False) -> None:
+        """Let a model stay so long after each job; None: for ever. Until it leaves. Raises UnknownName."""
+        _, folder = await asyncio.to_thread(self._place_of, model)
+        self.residents.keep(folder, keep_alive_s, after_next_job=after_next_job)
+
     async def watch(self, job_id: JobId, *, previews: bool) -> None:
         """Start or stop the previews of a job that is being drawn; unknown ids are ignored."""
         await self._backend.watch(job_id, previews=previews)
@@ -122,7 +174,13 @@ class Runtime:
 
     async def close(self) -> None:
         """End the backend; may be called twice."""
+        await self.residents.close()
         await self._backend.close()
+
+    def _place_of(self, model: str) -> tuple[Card, str]:
+        """A model's card and folder, also where its files are broken."""
+        entry = self.catalog.resolve(model)
+        return entry.card, str(entry.folder)
 
     def _prepare(self, request: ImageRequest, *, wants_previews: bool, job_id: JobId | None = None) -> Prepared:
         entry = self.catalog.resolve(request.model)
@@ -130,11 +188,21 @@ class Runtime:
         sampler = str(parse_sampler(request.sampler or card.sampler))
         seed = _seed(request)
         found = self.catalog.inspect(entry)
+        safety_checker = request.safety_checker or self._safety_checker
 
         warnings: list[str] = []
         guidance = card.guidance if request.guidance is None or "guidance" in card.ignores else request.guidance
         _warn_of_ignored(request, card, guidance=guidance, warnings=warnings)
         t5 = _t5(request, found, warnings)
+        prompt, tagged = read_tags(request.prompt)
+        adapters = self.catalog.adapters
+        loras, uses = find_loras(adapters, (*request.loras, *tagged), card, warnings=warnings)
+        embeddings = find_embeddings(adapters, (prompt, request.negative_prompt), found, warnings=warnings)
+        if found.safety_checker == "left_out" and safety_checker != "off":
+            warnings.append(
+                f"pictures are not checked: the safety checker of {card.name} is not here; "
+                "pull the model again, or set safety_checker to off"
+            )
         size = _asked_size(request, card, warnings, multiple_px=found.side_multiple_px)
         drawn = _drawn_size(card, *size)
         if drawn != size:
@@ -143,7 +211,7 @@ class Runtime:
             job_id=JobId(secrets.token_hex(6)) if job_id is None else job_id,
             checkpoint=str(entry.folder),
             family=card.family,
-            prompt=request.prompt,
+            prompt=prompt,
             # What has no effect is not noted in the picture either, nor told twice.
             negative_prompt="" if "negative_prompt" in card.ignores else request.negative_prompt,
             width_px=drawn[0],
@@ -160,8 +228,11 @@ class Runtime:
             reproducible=request.reproducible,
             allow_degraded=request.allow_degraded,
             step_cache=request.step_cache,
+            loras=loras,
+            embeddings=embeddings,
             resize_to=size if drawn != size else None,
             wants_previews=wants_previews,
+            safety_checker=safety_checker,
         )
         resolved = replace(
             request,
@@ -173,8 +244,18 @@ class Runtime:
             seed=seed,
             sampler=sampler,
             strength=None if request.image is None else drawing.strength,
+            prompt=prompt,
+            loras=uses,
+            safety_checker=safety_checker,
         )
-        return Prepared(drawing=drawing, request=resolved, entry=entry, warnings=tuple(warnings))
+        return Prepared(
+            drawing=drawing,
+            request=resolved,
+            entry=entry,
+            warnings=tuple(warnings),
+            is_checked=safety_checker == "on" and found.safety_checker == "here",
+            state=self.catalog.state_of(entry),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,12 +263,15 @@ class Prepared:
     """A request with nothing left open, and what its caller should be told.
 
     request: what was asked, with every choice filled in; preparing it again gives the same drawing and warnings.
+    is_checked: a picture may be withheld in the end. state: of the checkpoint's files, to tell them from later ones.
     """
 
     drawing: Drawing
     request: ImageRequest
     entry: Entry
     warnings: tuple[str, ...]
+    is_checked: bool = False
+    state: Hashable = None
 
 
 def fit_size(width_px: int, height_px: int, *, area_px: int, min_side_px: int, max_side_px: int) -> tuple[int, int]:
@@ -207,6 +291,36 @@ def fit_size(width_px: int, height_px: int, *, area_px: int, min_side_px: int, m
         return 4 * abs(math.log(size[0] / size[1]) - shape) + abs(math.log(size[0] * size[1] / area_px))
 
     return min(((w, h) for w in sides for h in sides), key=distance)
+
+
+def _given_out(result: ImageResult, *, model: str) -> ImageResult:
+    """The result without the pictures that its safety checker flagged. Raises ContentWithheld where none is left.
+
+    A backend that is another runtime, on another machine, may have done so already.
+    """
+    numbered = tuple(
+        image if image.index is not None else replace(image, index=i) for i, image in enumerate(result.images)
+    )
+    if result.drawing.safety_checker != "on":
+        return replace(result, images=numbered)
+    images = tuple(image for image in numbered if image.safety != "flagged")
+    withheld = tuple(Withheld(index=one.index or 0, seed=one.seed) for one in numbered if one.safety == "flagged")
+    if not withheld:
+        return replace(result, images=images)
+    log.info("pictures withheld", extra={"job_id": result.job_id, "n_withheld": len(withheld)})
+    seeds = ", ".join(str(one.seed) for one in withheld)
+    what = (
+        f"the picture with seed {seeds} was" if len(withheld) == 1 else f"{len(withheld)} pictures (seeds {seeds}) were"
+    )
+    told = f"{what} withheld: the safety checker of {model} flagged {'it' if len(withheld) == 1 else 'them'}"
+    if not images:
+        raise ContentWithheld(told, hint=_WAYS_OUT)
+    withheld = (*result.withheld, *withheld)
+    return replace(result, images=images, withheld=withheld, warnings=(*result.warnings, f"{told}; {_WAYS_OUT}"))
+
+
+def _without_preview(on_progress: Callable[[Progress], None], progress: Progress) -> None:
+    on_progress(replace(progress, preview=None) if progress.preview is not None else progress)
 
 
 def _strength(request: ImageRequest, card: Card) -> float:

@@ -31,6 +31,7 @@ from sdfleet.errors import InvalidValue
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -42,6 +43,30 @@ def _bytes(value: object) -> object:
     if match is None:
         raise ValueError("is not an amount of memory, for example 8GiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def seconds_of(value: object) -> float | None:
+    """A keep-alive in seconds: a number, `90`, `"90s"`, `"5m"`, `"1h30m"`; None for a negative one: for ever.
+
+    Raises ValueError.
+
+    >>> seconds_of("5m"), seconds_of("1h30m"), seconds_of(0), seconds_of("-1"), seconds_of("500ms")
+    (300.0, 5400.0, 0.0, None, 0.5)
+    """
+    text = str(value).strip().lower()
+    number = re.fullmatch(r"-?\d+(?:\.\d+)?", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
+    if isinstance(value, bool) or not (number or re.fullmatch(r"-?(?:\d+(?:\.\d+)?(?:ms|h|m|s))+", text)):
+        raise ValueError("is not a time, for example 5m; 0 for none, -1 for ever")
+    if text.startswith("-"):
+        return None
+    return float(text) if number else sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
+
+
+def _keep_alive(value: object) -> object:
+    if value is None:
+        return None
+    return seconds_of(value)
 
 
 def _lower(value: object) -> object:
@@ -96,12 +121,16 @@ class Settings(BaseSettings):
     """Which kind of model a request that names neither may be drawn by; others are refused."""
     backend: Annotated[Literal["local", "fake"], BeforeValidator(_lower)] = "local"
     """`local` draws; `fake` makes up pictures without a model, for testing what stands around it."""
+    fake_step_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Seconds that a step of such a made-up picture takes."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], BeforeValidator(_lower)] = "auto"
     """Where to draw."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_lower)] = "auto"
     """Number format of the weights; `auto` takes the fastest that this machine computes well."""
-    weights: Annotated[Literal["auto", "fp8"], BeforeValidator(_lower)] = "auto"
-    """`fp8` keeps the denoiser's and large text encoders' weights in 8 bits: half the memory, other pictures."""
+    weights: Annotated[Literal["auto", "fp8", "int8", "nf4"], BeforeValidator(_lower)] = "auto"
+    """What the denoiser's and large text encoders' weights are kept in: 8 or 4 bits save memory, change pictures."""
+    text_weights: Annotated[Literal["auto", "full", "fp8", "int8", "nf4"], BeforeValidator(_lower)] = "auto"
+    """The same for T5 and Qwen3 alone; `auto` as `weights`, `full` in the number format."""
     memory_mode: Annotated[Literal["auto", "fast", "eco"], BeforeValidator(_lower)] = "auto"
     """`fast` keeps everything on the device, `eco` as little as it can."""
     max_rows: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -116,6 +145,12 @@ class Settings(BaseSettings):
     """On a CPU, how many engine processes small models are spread over; auto: where that was measured to gain."""
     compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(_lower)] = "auto"
     """Whether the denoiser is compiled (`torch.compile`); `auto` does so on CUDA."""
+    keep_alive: Annotated[float | None, BeforeValidator(_keep_alive)] = 900.0
+    """Seconds (or `5m`, `1h`) that a model stays in memory after its last job; 0: not at all, -1: until it must go."""
+    safety_checker: Annotated[Literal["on", "flag", "off"], BeforeValidator(_lower)] = "on"
+    """What becomes of a picture that the model's own checker flags: `on` withholds it, `flag` only says so."""
+    previews_before_check: bool = True
+    """Whether previews are shown of pictures that the checker may withhold in the end."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] | None = None
     """How much is told; `warning` for commands and `info` for the server when not set."""
     log_json: bool = False
@@ -172,6 +207,30 @@ class Settings(BaseSettings):
     """Finished pictures older than this are removed; kept for ever when not set."""
     keep_jobs_days: Annotated[float, Field(gt=0)] | None = None
     """Jobs older than this are removed; kept for ever when not set."""
+    router_port: Annotated[int, Field(ge=0, le=65535)] = 11435
+    """Port that `sdfleet router` listens on."""
+    router_url: str | None = None
+    """Router that `sdfleet fleet` talks to; the one of this data folder when not set."""
+    broker_host: str = "0.0.0.0"  # noqa: S104 - nodes come from other machines, with TLS and a key each
+    """Address that the router's own broker listens on, for nodes."""
+    broker_port: Annotated[int, Field(ge=1, le=65535)] = 4222
+    """Port of the router's own broker: the only one that a node must reach."""
+    broker_names: Names = ()
+    """What nodes call this machine by, for join codes; its addresses when not set. Separated by commas."""
+    nats_url: Names = ()
+    """A NATS server or cluster with JetStream instead of the router's own broker; separated by commas."""
+    nats_seed: SecretStr | None = None
+    """The router's NKey seed there."""
+    nats_ca: Folder | None = None
+    """A PEM file with the certificate that signs that server's."""
+    nats_replicas: Annotated[int, Field(ge=1, le=5)] = 1
+    """Servers of that cluster that keep each accepted job; 3 outlive the loss of one."""
+    discovery: bool = True
+    """Whether a router tells the local network its address, and a node looks for one there (mDNS)."""
+    node_name: str | None = None
+    """What a node is called; this machine's name when not set."""
+    node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pictures that a node draws at once; found by what the engine measures when not set."""
 
     @property
     def models_folder(self) -> Path:
@@ -216,6 +275,18 @@ SERVER_NAMES = {
 }
 # Variables of ours that are no settings.
 _BESIDE = frozenset({"SD_CONFIG"})
+# Variables of the libraries beneath us and of the network; `sdfleet doctor` says what they do to us.
+SURROUNDINGS = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "PYTHONPATH",
+    "TORCH_COMPILE_DISABLE",
+    "TRANSFORMERS_OFFLINE",
+)
 # How alike a variable must be to a setting to be taken for a slip: SD_HOTS is, another program's SD_WEBUI_URL is not.
 _SLIP = 0.8
 
@@ -248,7 +319,15 @@ def load_settings(*, for_server: bool = False, **given: object) -> Settings:
         raise InvalidValue(source, f"{shown} {_reason(fault['type'], fault['msg'])}") from exc
 
 
-_SECRETS = frozenset({"api_key", "database_url", "hf_token", "modelscope_token"})
+def engine_environment() -> dict[str, str]:
+    """The environment for a process that draws: ours, in which no library of Hugging Face asks a hub for anything.
+
+    The engine draws with what lies here; whatever a library would look up on its own, a user has not asked for.
+    """
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+_SECRETS = frozenset({"api_key", "database_url", "hf_token", "modelscope_token", "nats_seed"})
 
 
 def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -325,6 +404,26 @@ def _reason(kind: str, message: str) -> str:
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     return message[0].lower() + message[1:]
+
+
+def read_surroundings(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What is set of `SURROUNDINGS`, also where it is set to nothing; programs write proxies in small letters too.
+
+    >>> read_surroundings({"https_proxy": "http://proxy:3128", "HOME": "/"})
+    {'HTTPS_PROXY': 'http://proxy:3128'}
+    """
+    env = os.environ if environ is None else environ
+    found = {}
+    for name in SURROUNDINGS:
+        value = env.get(name.lower(), env.get(name)) if name.endswith("PROXY") else env.get(name)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def environment_with(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process for a child of it, with these besides."""
+    return {**os.environ, **extra}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
-from sdfleet.api.app import create_app
+from sdfleet import compose
+from sdfleet.api.app import Opens, create_app
 from sdfleet.api.http import Server, listen
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.compose import House
-from sdfleet.domain import Drawing
+from sdfleet.domain import Drawing, SafetyVerdict
 from sdfleet.settings import load_settings
 
 T = TypeVar("T")
@@ -77,15 +78,40 @@ class Running:
     @contextlib.contextmanager
     def holding(self) -> Iterator[Gate]:
         """While inside, the fake backend draws only what the gate lets through."""
-        backend = self.house.runtime._backend
-        assert isinstance(backend, FakeBackend)
-        gate = Gate(self.loop)
-        backend._before_step = gate
+        backends, gate = self._backends(), Gate(self.loop)
+        for backend in backends:
+            backend._before_step = gate
         try:
             yield gate
         finally:
-            backend._before_step = None
+            for backend in backends:
+                backend._before_step = None
             gate.let()
+
+    def _backends(self) -> list[FakeBackend]:
+        """What makes up the pictures: here, or at the nodes of a router."""
+        opens = self.app.state.opens
+        found = list(opens.backends.values()) if hasattr(opens, "backends") else [self.house.runtime._backend]
+        assert all(isinstance(backend, FakeBackend) for backend in found)
+        return found
+
+    @contextlib.contextmanager
+    def flagging(self, *indexes: int) -> Iterator[None]:
+        """While inside, the fake backend's safety checker flags these pictures of every job, unless switched off."""
+        backends = self._backends()
+
+        def verdict(drawing: Drawing, index: int) -> SafetyVerdict:
+            if drawing.safety_checker == "off":
+                return "off"
+            return "flagged" if index in indexes else "passed"
+
+        for backend in backends:
+            backend._verdict = verdict
+        try:
+            yield
+        finally:
+            for backend in backends:
+                backend._verdict = None
 
 
 class _Server(Server):
@@ -110,12 +136,24 @@ class _Server(Server):
 
 
 @contextlib.contextmanager
-def running(home: Path, *, is_loaded: bool = True, loop: str = "auto", **settings: object) -> Iterator[Running]:
-    """A server with these settings, its files in `home`. is_loaded: wait until the model is. loop: see uvicorn."""
+def running(
+    home: Path,
+    *,
+    is_loaded: bool = True,
+    loop: str = "auto",
+    listen_on: int = 0,
+    opens: Opens = compose.server,
+    **settings: object,
+) -> Iterator[Running]:
+    """A server with these settings, its files in `home`. is_loaded: wait until the model is. loop: see uvicorn.
+
+    listen_on: the port; 0 takes one that is free. opens: see create_app.
+    """
     given: dict[str, Any] = {"home": home, "backend": "fake", "drain_s": 0.0, **settings}
-    app = create_app(load_settings(**given))
+    app = create_app(load_settings(**given), opens=opens)
     server = _Server(app, loop=loop)
-    with listen("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", listen_on) as listening:
+        app.state.port = listening.getsockname()[1]
         thread = threading.Thread(target=server.begin, args=([listening],), name="server under test")
         thread.start()
         try:

@@ -41,7 +41,7 @@ def test_the_client_lists_and_shows_a_model_that_draws(fake_server: Running) -> 
     assert shown.capabilities == ["image"]
     assert shown.details is not None
     assert shown.details.family == "sd"
-    assert client.ps().models == []
+    assert [model.model for model in client.ps().models] == ["starter"]
     with pytest.raises(ollama.ResponseError, match="not found") as missing:
         client.show("llama3")
     assert missing.value.status_code == 404

@@ -40,6 +40,7 @@ def test_every_route_answers_as_documented(case: schemathesis.Case[Any], fake_se
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @schema.parametrize()
 @many
 def test_every_route_answers_as_documented_many_times(case: schemathesis.Case[Any], fake_server: Running) -> None:

@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sdfleet.domain import Drawing, FinishedPicture, JobId, Picture, Progress, TokenCount
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
-from sdfleet.errors import JobCancelled, UnsupportedByModel
+from sdfleet.errors import JobCancelled, UnsupportedByModel, in_use
 
 log = logging.getLogger("sdfleet.scripted")
 
@@ -36,6 +36,8 @@ class ScriptedEngine:
         self._drawings: dict[JobId, Drawing] = {}
         self._steps: dict[JobId, int] = {}
         self._cancelled: list[JobId] = []
+        self._loaded: dict[str, None] = {}
+        self._pinned: tuple[str, ...] = ()
         self._n_done = 0
         if "ALIVE_FIFO" in os.environ:  # noqa: TID251 - its reader sees the end of file when this process is gone
             os.open(os.environ["ALIVE_FIFO"], os.O_WRONLY)  # noqa: TID251
@@ -51,6 +53,7 @@ class ScriptedEngine:
             before = {"second-life": "endless", "hang-once": "hang"}[first]
             drawing = replace(drawing, prompt="draw" if marker.exists() else before)
             marker.touch()
+        self._loaded[drawing.checkpoint] = None
         self._drawings[drawing.job_id] = drawing
         self._steps[drawing.job_id] = 0
 
@@ -61,6 +64,15 @@ class ScriptedEngine:
     def watch(self, job_id: JobId, *, previews: bool) -> None:
         if job_id in self._drawings:
             self._drawings[job_id] = replace(self._drawings[job_id], wants_previews=previews)
+
+    def unload(self, checkpoint: str) -> None:
+        needed = [job_id for job_id, drawing in self._drawings.items() if drawing.checkpoint == checkpoint]
+        if any(job_id not in self._cancelled for job_id in needed):
+            raise in_use(checkpoint, len(needed))
+        self._loaded.pop(checkpoint, None)
+
+    def pin(self, checkpoints: Collection[str]) -> None:
+        self._pinned = tuple(checkpoints)
 
     def step(self) -> list[Event]:
         time.sleep(0.001)  # the work of a step
@@ -78,8 +90,13 @@ class ScriptedEngine:
     def is_idle(self) -> bool:
         return not self._drawings
 
+    @property
+    def is_resting(self) -> bool:
+        return not self._drawings
+
     def facts(self) -> Mapping[str, object]:
-        return {"device": "scripted", "threads": self._options.n_threads, "n_done": self._n_done}
+        held = {"checkpoints": list(self._loaded), "pinned": list(self._pinned)}
+        return {"device": "scripted", "threads": self._options.n_threads, "n_done": self._n_done, **held}
 
     def close(self) -> None:
         sys.stderr.write("scripted engine closed\n")
@@ -140,6 +157,10 @@ class SettlingEngine(ScriptedEngine):
         self._checkpoints = [drawing.checkpoint]
         super().submit(drawing)
 
+    def unload(self, checkpoint: str) -> None:
+        super().unload(checkpoint)
+        self._checkpoints = []
+
     def step(self) -> list[Event]:
         self._n_tries += super().is_idle and bool(self._checkpoints)
         return super().step()
@@ -147,7 +168,7 @@ class SettlingEngine(ScriptedEngine):
     def facts(self) -> Mapping[str, object]:
         told = {name: {"executor": "torch", "is_settled": self._is_settled} for name in self._checkpoints}
         beside = {"checkpoints": self._checkpoints, "resident_bytes": 0, "executors": told}
-        return {**super().facts(), **beside, "n_disturbed": self._n_disturbed}
+        return {**super().facts(), **beside, "n_disturbed": self._n_disturbed, "n_tries": self._n_tries}
 
     @property
     def _is_settled(self) -> bool:

@@ -11,7 +11,7 @@ from sdfleet.backends.base import Backend
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
-from sdfleet.errors import BadRequest, EngineDied, JobCancelled
+from sdfleet.errors import BadRequest, EngineDied, InUse, JobCancelled
 from tests.backends.drawings import drawing, endless, scripted_backend, scripted_pool
 
 Build = Callable[[], Backend]
@@ -80,14 +80,21 @@ def test_a_picture_is_brought_to_the_size_asked_for(build: Build) -> None:
     tell(build, story)
 
 
-def test_progress_counts_every_step_of_every_picture(build: Build) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_progress_tells_the_first_and_the_last_step_of_every_picture_and_each_one_with_a_preview(
+    build: Build,
+    looks: bool,  # noqa: FBT001
+) -> None:
     async def story(backend: Backend) -> None:
         seen: list[Progress] = []
-        asked = drawing(steps=3, n_images=2)
+        asked = drawing(steps=5, n_images=2, wants_previews=looks)
         await backend.generate(asked, seen.append)
-        assert {each.job_id for each in seen} == {asked.job_id}
+        assert {(each.job_id, each.n_steps) for each in seen} == {(asked.job_id, 5)}
         for index in range(2):
-            assert [(p.step, p.n_steps) for p in seen if p.image_index == index] == [(1, 3), (2, 3), (3, 3)]
+            steps = [each.step for each in seen if each.image_index == index]
+            assert steps == sorted(set(steps))
+            assert {1, 5} <= set(steps)
+            assert steps == [1, 2, 3, 4, 5] or not looks
 
     tell(build, story)
 
@@ -198,6 +205,98 @@ def test_capabilities_say_how_it_stands(build: Build) -> None:
         assert "device" in now.facts
         task.cancel()
         await asyncio.wait({task})
+
+    tell(build, story)
+
+
+def held(backend: Backend) -> object:
+    """The checkpoints on its device."""
+    return backend.capabilities().facts.get("checkpoints", [])
+
+
+def test_loading_brings_a_checkpoint_and_draws_nothing(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        seen: list[Progress] = []
+        await backend.load(drawing(checkpoint="a"))
+        assert (held(backend), seen) == (["a"], [])
+        assert backend.capabilities().n_running == 0
+
+    tell(build, story)
+
+
+def test_what_is_unloaded_has_left_when_the_call_returns_and_comes_back_when_it_is_asked_for(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        for name in ("a", "b"):
+            await backend.load(drawing(checkpoint=name))
+        await backend.unload("a")
+        assert held(backend) == ["b"]
+        await backend.unload("b")
+        assert held(backend) == []
+        assert (await backend.generate(drawing(checkpoint="a"))).images
+        assert held(backend) == ["a"]
+
+    tell(build, story)
+
+
+def test_unloading_what_is_not_there_is_not_an_error(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        await backend.unload("nothing")
+        assert (await backend.generate(drawing())).images
+        await backend.unload("nothing")
+        assert held(backend) == ["toy"]
+
+    tell(build, story)
+
+
+def test_a_checkpoint_is_not_taken_away_from_a_job(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        asked = endless(checkpoint="a")
+        task = await begin(backend, asked)
+        with pytest.raises(InUse, match="1 job") as refused:
+            await backend.unload("a")
+        assert "wait until they have ended" in refused.value.hint
+        await backend.unload("b")
+        await backend.cancel(asked.job_id)
+        await asyncio.wait({task})
+        await backend.unload("a")
+        assert held(backend) == []
+
+    tell(build, story)
+
+
+def test_unloading_when_a_caller_has_left_does_not_wait_for_anything_else(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        task = await begin(backend, endless(checkpoint="a"))
+        task.cancel()
+        await asyncio.wait({task})
+        await backend.unload("a")
+        assert held(backend) == []
+
+    tell(build, story)
+
+
+def test_what_is_pinned_is_known_to_the_engine_also_after_it_was_started_again(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        await backend.load(drawing(checkpoint="a"))
+        await backend.pin(("a", "b"))
+        await backend.unload("a")
+        await backend.load(drawing(checkpoint="b"))
+        assert backend.capabilities().facts["pinned"] == ["a", "b"]
+        await backend.pin(())
+        assert (await backend.generate(drawing())).images
+        assert backend.capabilities().facts["pinned"] == []
+
+    tell(build, story)
+
+
+def test_jobs_that_come_while_the_last_checkpoint_leaves_are_drawn(build: Build) -> None:
+    async def story(backend: Backend) -> None:
+        await backend.load(drawing(checkpoint="a"))
+        leaving = asyncio.create_task(backend.unload("a"))
+        results = [await backend.generate(drawing(checkpoint="b")) for _ in range(20)]
+        await leaving
+        assert [len(result.images) for result in results] == [1] * 20
+        assert not any("drawn again" in text for result in results for text in result.warnings)
 
     tell(build, story)
 

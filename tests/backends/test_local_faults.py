@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sdfleet.backends.local import DRAWN_AGAIN, LocalBackend
+from sdfleet.backends.engine_job import DRAWN_AGAIN
+from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.watchdog import Patience
 from sdfleet.domain import Picture, Progress
 from sdfleet.errors import EngineDied, EngineFailed, JobCancelled, UnsupportedByModel

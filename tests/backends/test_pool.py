@@ -14,8 +14,9 @@ from typing import Any, cast
 import psutil
 import pytest
 
+from sdfleet.backends.engine_job import DRAWN_AGAIN
 from sdfleet.backends.engine_trial import TrialNotes
-from sdfleet.backends.local import DRAWN_AGAIN, LocalBackend
+from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.placement import Trial
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Progress
@@ -254,12 +255,31 @@ def test_an_engine_stays_on_the_cores_it_was_given() -> None:
 # -------------------- trials
 
 
-def test_a_known_trial_spreads_jobs_once_the_small_engines_stand(tmp_path: Path) -> None:
+def are_ready(facts: Mapping[str, object]) -> bool:
+    return [engine["state"] for engine in cast("Any", facts)["engines"]] == ["ready"] * 3
+
+
+def test_a_small_engine_that_has_not_drawn_yet_keeps_nobody_waiting(tmp_path: Path) -> None:
     TrialNotes(tmp_path).keep(drawing(), GAINS, setting=SETTING)
 
     async def story(pool: EnginePool, made: list[LocalBackend]) -> None:
         await pool.generate(drawing())
-        await facts_change(pool, lambda facts: [e["state"] for e in cast("Any", facts)["engines"]] == ["ready"] * 3)
+        await facts_change(pool, are_ready)
+        task = await begin(pool, endless(n_images=4))
+        assert n_running(made) == [1, 0, 0]
+        task.cancel()
+        await asyncio.wait({task})
+
+    tell(story, n_engines="auto", notes_folder=tmp_path)
+
+
+def test_a_known_trial_spreads_jobs_once_the_small_engines_are_warm(tmp_path: Path) -> None:
+    TrialNotes(tmp_path).keep(drawing(), GAINS, setting=SETTING)
+
+    async def story(pool: EnginePool, made: list[LocalBackend]) -> None:
+        await pool.generate(drawing())
+        await facts_change(pool, are_ready)
+        await facts_change(pool, lambda _: all(small.capabilities().facts["checkpoints"] for small in made[1:]))
         task = await begin(pool, endless(n_images=4))
         assert n_running(made) == [0, 1, 1]
         task.cancel()

@@ -155,6 +155,36 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert identify(folder).family == "sd"
 
 
+def test_a_shard_of_another_checkpoint_is_found_out(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    shard = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    weights.rename(folder / "unet" / shard)
+    index = {"weight_map": {"conv_in.weight": shard, "conv_out.weight": shard, "mid.weight": shard}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BrokenCheckpoint, match=f"unet/{shard} lacks 'conv_out.weight' and 1 more tensors of"):
+        identify(folder)
+
+
+def test_a_pickle_is_told_among_other_faults_with_its_own_cure(tmp_path: Path) -> None:
+    folder = write_sd(tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    (folder / "tokenizer/vocab.json").unlink()
+    with pytest.raises(BrokenCheckpoint) as caught:
+        identify(folder)
+    assert "2 faults: tokenizer/vocab.json is missing; " in caught.value.message
+    assert "is a pickle" in caught.value.message
+    assert "convert it to .safetensors" in caught.value.message
+
+
+def test_a_table_of_positions_limits_the_size_that_is_suggested(tmp_path: Path) -> None:
+    folder = write_sd3(tmp_path / "x")
+    file = folder / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pos_embed_max_size": 24, "patch_size": 2}))
+    assert identify(folder).width_px <= 24 * 2 * 8
+
+
 def test_a_shard_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     folder = write_sd(tmp_path / "x")
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(tmp_path / "outside.safetensors")

@@ -42,13 +42,46 @@ def _taken(*paths: str) -> set[str]:
             [f"{UNET}.fp16-00001-of-00001.safetensors", f"{UNET}.safetensors.index.fp16.json"],
         ),
         (
-            [f"{UNET}.safetensors", f"{UNET}.bin", "v1-5.ckpt", "v1-5.safetensors", "safety_checker/model.safetensors"],
+            [f"{UNET}.safetensors", f"{UNET}.bin", "v1-5.ckpt", "v1-5.safetensors"],
             [f"{UNET}.safetensors"],
         ),
     ],
 )  # fmt: skip
 def test_one_set_of_weights_is_taken(there: list[str], taken: list[str]) -> None:
     assert _taken(*SMALL, *WEIGHTS, *there) == {*SMALL, *WEIGHTS, *taken}
+
+
+CHECKER = "safety_checker/model"
+PREPARATION = "feature_extractor/preprocessor_config.json"
+
+
+def test_the_safety_checker_comes_along_in_one_format_with_its_preparation() -> None:
+    there = ("safety_checker/config.json", f"{CHECKER}.safetensors", f"{CHECKER}.fp16.safetensors", PREPARATION)
+    taken = _taken(*SMALL, *WEIGHTS, f"{UNET}.safetensors", *there, "safety_checker/pytorch_model.bin")
+    assert {path for path in taken if path.startswith(("safety_checker/", "feature_extractor/"))} == {
+        "safety_checker/config.json", f"{CHECKER}.fp16.safetensors", PREPARATION
+    }  # fmt: skip
+
+
+def test_a_safety_checker_of_pickles_alone_is_left_where_it_is() -> None:
+    there = ("safety_checker/config.json", "safety_checker/pytorch_model.bin", f"{UNET}.safetensors")
+    assert _taken(*SMALL, *WEIGHTS, *there) == {*SMALL, *WEIGHTS, f"{UNET}.safetensors"}
+
+
+def test_only_a_family_that_has_a_checker_takes_one() -> None:
+    names = (
+        *SMALL,
+        *WEIGHTS,
+        "text_encoder_2/config.json",
+        "text_encoder_2/model.safetensors",
+        "tokenizer_2/vocab.json",
+    )
+    files = [
+        HubFile(path=path, n_bytes=1, digest=Digest("sha256", "0" * 64))
+        for path in (*names, f"{UNET}.safetensors", "safety_checker/config.json", f"{CHECKER}.safetensors")
+    ]
+    taken = {file.path for file in select(files, family="sdxl", repo_id="a/b")}
+    assert not any(path.startswith("safety_checker/") for path in taken)
 
 
 def test_a_component_of_pickles_alone_is_refused() -> None:

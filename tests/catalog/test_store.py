@@ -10,6 +10,7 @@ import pytest
 from sdfleet.catalog import store
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.identify import Identified, identify
+from sdfleet.catalog.pulled import MANIFEST, Manifest, ManifestFile
 from sdfleet.catalog.store import BuiltIn, Catalog, packaged
 from sdfleet.errors import BrokenCheckpoint, CheckpointError, CheckpointNotFound, InvalidValue, UnknownName
 from tests.catalog.folders import write_sd
@@ -158,3 +159,27 @@ def test_a_folder_is_read_again_when_a_file_of_it_has_changed_and_only_then(
     for _ in range(2):
         with pytest.raises(BrokenCheckpoint):
             catalog.inspect(entry)
+
+
+def test_a_downloaded_file_of_another_size_than_announced_is_told_with_the_other_faults(tmp_path: Path) -> None:
+    card = Card.model_validate(
+        {"name": "toy", "family": "sd", "width_px": 64, "height_px": 64, "steps": 3, "guidance": 4.0,
+         "sampler": "ddim", "hf": "someone/toy"}
+    )  # fmt: skip
+    catalog = Catalog(tmp_path / "models", built_in=(), published_cards=(card,))
+    folder = write_sd(catalog.weights.path("toy"), sample_size=8)
+    files = tuple(
+        ManifestFile(path=str(path.relative_to(folder)), n_bytes=path.stat().st_size, digest_kind="git", digest="0")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )
+    told = Manifest(name="toy", source="hf", endpoint="https://hub", repo_id="someone/toy", revision="1", files=files)
+    (folder / MANIFEST).write_text(told.model_dump_json())
+    assert catalog.inspect(catalog.resolve("toy")).family == "sd"
+
+    (folder / "tokenizer/merges.txt").write_text("another")
+    (folder / "tokenizer/vocab.json").unlink()
+    with pytest.raises(BrokenCheckpoint) as caught:
+        catalog.inspect(catalog.resolve("toy"))
+    assert "has 2 faults: tokenizer/vocab.json is missing; tokenizer/merges.txt has 7 bytes, " in caught.value.message
+    assert caught.value.hint == "get it again: sdfleet models rm toy, then sdfleet models pull toy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,7 @@ def _finish(home: Path, made_s: float, name: str) -> Output:
         picture = FinishedPicture(picture=Picture(width_px=8, height_px=8, mode="RGB", data=bytes(192)), seed=5)
         result = ImageResult(job_id=job.id, model="toy", images=(picture,), drawing=drawing)
         (made,) = files.write(job, result)
-        assert await stage.jobs.finish(
-            job.id, outputs=[made], warnings=(), timings_s={}, device="cpu", dtype="float32", rungs=()
-        )
+        assert await stage.jobs.finish(replace(job, outputs=(made,)))
         return made
 
     return play_on(f"sqlite:///{home / 'sdfleet.db'}", story, clock=clock)

@@ -20,7 +20,7 @@ from tests import tiny
 Pixels = npt.NDArray[np.uint8]
 
 FAMILY_OF = {
-    "sd15": "sd", "sd15-inpaint": "sd", "sd21": "sd",
+    "sd15": "sd", "sd15-checked": "sd", "sd15-inpaint": "sd", "sd21": "sd",
     "sdxl": "sdxl", "sdxl-inpaint": "sdxl",
     "sdxl-refiner": "sdxl",
     "sd3": "sd3", "sd3-no-t5": "sd3", "sd35": "sd3",

@@ -14,7 +14,7 @@ from sdfleet.errors import EngineFailed, JobCancelled, UnsupportedByModel
 from tests.backends.drawings import child_command, child_environment, drawing
 from tests.engine.test_wire import frame, read_reports, written
 
-READY_FACTS = {"device": "scripted", "threads": None, "n_done": 0}
+READY_FACTS: dict[str, object] = {"device": "scripted", "threads": None, "n_done": 0, "checkpoints": [], "pinned": []}
 
 
 def run(stream: bytes, *more: str, engine: str = "ScriptedEngine") -> tuple[list[wire.Report], int, str]:
@@ -130,8 +130,20 @@ def test_what_a_library_prints_does_not_come_between_frames() -> None:
 
 def test_facts_are_sent_again_when_a_job_changed_them() -> None:
     stream = written(wire.Submit(drawing=drawing(steps=1)), wire.Submit(drawing=drawing("refuse")))
-    reports, _ = talk(stream, until=[b'"facts","blobs"'])
-    assert reports[-1] == wire.Facts(facts={**READY_FACTS, "n_done": 1})
+    reports, _ = talk(stream, until=[b'"job_done"'])
+    assert [report for report in reports if isinstance(report, wire.Facts)][-1] == wire.Facts(
+        facts={**READY_FACTS, "n_done": 1, "checkpoints": ["toy"]}
+    )
+
+
+def test_whoever_hears_that_a_checkpoint_came_or_left_has_heard_the_facts_before() -> None:
+    loading, unload = drawing(steps=1, n_images=0), wire.Unload(job_id=JobId("u"), checkpoint="toy")
+    reports, _ = talk(written(wire.Submit(drawing=loading)), until=[b'"job_done"'])
+    told = [report for report in reports if isinstance(report, wire.Facts | JobDone)]
+    assert [getattr(report, "job_id", "facts") for report in told] == ["facts", loading.job_id]
+    reports, _ = talk(written(unload), until=[b'"job_done"'])
+    assert isinstance(reports[-1], JobDone)
+    assert reports[-1].job_id == unload.job_id
 
 
 def test_a_job_whose_event_cannot_be_sent_fails_and_is_stopped() -> None:

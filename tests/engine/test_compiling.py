@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdfleet.engine import compiling
-from sdfleet.engine.compiling import Compiling, blocks
+from sdfleet.engine.compiling import Compiling
 from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.families.base import NetworkRows
 from sdfleet.engine.families.sd import StableDiffusion
+from sdfleet.engine.repeated import blocks
 from tests.engine.drawing import FLOAT32, drawing, most_levels_apart, ours, pictures, run
 
 Checkpoints = Callable[[str], Path]

@@ -239,7 +239,7 @@ def test_a_smaller_picture_is_drawn_only_when_the_request_allows_it(
     drawn = pictures(event for event in events if event.job_id == "lenient")
     assert drawn["lenient", 0].shape == (128, 128, 3)
     assert done(events, "lenient").rungs[-1] == "smaller_picture"
-    assert "96x96" in done(events, "lenient").warnings[0]
+    assert any("96x96" in text for text in done(events, "lenient").warnings)
 
 
 def test_a_picture_too_big_to_decode_at_once_is_decoded_in_tiles(

@@ -123,7 +123,9 @@ def test_fifty_jobs_survive_a_server_that_is_killed_at_random_moments(tmp_path: 
     assert drawn(tmp_path / "chaos") == drawn(tmp_path / "calm")
 
 
+# The same through HTTP, in one run, is in tests/api/test_chaos.py and not so thorough.
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fifty_real_jobs_survive_kills_of_the_server_and_of_the_engine(tmp_path: Path) -> None:
     undisturbed = Heard()
     live(tmp_path / "calm", "local", 50, undisturbed)

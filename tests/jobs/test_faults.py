@@ -49,10 +49,10 @@ class Shaky(JobStore):
             self._fail("begin")
         return job
 
-    async def finish(self, job_id: JobId, **more: Any) -> bool:
+    async def finish(self, done: Job) -> bool:
         if not self._after:
             self._fail("finish")
-        is_done = await super().finish(job_id, **more)
+        is_done = await super().finish(done)
         if self._after:
             self._fail("finish")
         return is_done

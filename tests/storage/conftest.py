@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,15 +70,17 @@ class Stage:
 
     async def finish(self, job: Job, *, n_outputs: int = 1, spent_s: float = 1.0) -> bool:
         """Whether the job was done by this call."""
-        return await self.jobs.finish(
-            job.id,
-            outputs=[output(job.id, i, created_s=self.clock.now_s) for i in range(n_outputs)],
+        done = replace(
+            job,
+            outputs=tuple(output(job.id, i, created_s=self.clock.now_s) for i in range(n_outputs)),
             warnings=("it is only a toy",),
             timings_s={"load": 5.0, "denoise": spent_s, "total": 5.0 + spent_s},
             device="cpu",
             dtype="float32",
             rungs=("tiled decode",),
+            node="n1",
         )
+        return await self.jobs.finish(done)
 
     async def in_state(self, state: JobState) -> Job:
         """A job that has come so far."""

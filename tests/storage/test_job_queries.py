@@ -180,9 +180,8 @@ def test_finished_pictures_outlive_their_job_until_they_are_forgotten(play: Play
 def test_thousands_are_forgotten_in_one_call(play: Play[Any]) -> None:
     async def story(stage: Stage) -> None:
         job = await stage.begun()
-        made = [output(job.id, i) for i in range(1200)]
-        facts: Any = {"warnings": (), "timings_s": {}, "device": "", "dtype": "", "rungs": ()}
-        assert await stage.jobs.finish(job.id, outputs=made, **facts)
+        made = tuple(output(job.id, i) for i in range(1200))
+        assert await stage.jobs.finish(replace(job, outputs=made))
         await stage.jobs.forget_outputs([one.id for one in made])
         found = await stage.jobs.job(job.id)
         assert found is not None

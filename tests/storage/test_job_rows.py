@@ -18,6 +18,7 @@ from sdfleet.domain import (
     Job,
     JobId,
     JobState,
+    LoraUse,
     Output,
     OutputId,
     OwnerId,
@@ -49,6 +50,15 @@ def pictures(draw: st.DrawFn) -> tuple[Picture | None, Picture | None]:
     return picture("RGB") if n_given > 0 else None, picture("L") if n_given > 1 else None
 
 
+lora_uses = st.builds(
+    LoraUse,
+    name=st.text("aé<: ", min_size=1, max_size=9).filter(str.strip),
+    scale=st.floats(-10, 10),
+    text_scale=st.none() | st.floats(-10, 10),
+    content=st.none() | any_text,
+)
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> ImageRequest:
     """Any request; a field that is added later is drawn by its type."""
@@ -68,6 +78,7 @@ def requests(draw: st.DrawFn) -> ImageRequest:
         "image": st.just(image),
         "mask": st.just(mask),
         "strength": st.none() | st.floats(0, 1, exclude_min=True),
+        "loras": st.lists(lora_uses, max_size=3).map(tuple),
     }
     return draw(st.builds(ImageRequest, **{field.name: given.get(field.name, ...) for field in fields(ImageRequest)}))
 

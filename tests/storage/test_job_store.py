@@ -165,6 +165,7 @@ def test_a_finished_job_has_its_pictures_and_what_was_found_out(play: Play[Any])
             device="cpu",
             dtype="float32",
             rungs=("tiled decode",),
+            node="n1",
         )
 
     play(story)

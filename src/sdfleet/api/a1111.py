@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from sdfleet.api.a1111_wire import (
     Txt2ImgAsked,
 )
 from sdfleet.api.access import caller_of, needs
-from sdfleet.api.answering import as_json, house_of, submit, succeeded, wait
+from sdfleet.api.answering import as_json, house_of, submit, succeeded, wait, withheld_of
 from sdfleet.api.asked import client_of, read_picture, sides_of
 from sdfleet.api.bodies import described, from_base64, json_body, read_json
 from sdfleet.api.dialect import BadBody, error_response
@@ -44,6 +45,8 @@ from sdfleet.errors import (
     UnsupportedByModel,
 )
 from sdfleet.storage import pictures, retouch
+
+log = logging.getLogger(__name__)
 
 FAULTS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -220,6 +223,7 @@ async def _submission(
         image=image,
         mask=mask,
         strength=None if image is None else asked.denoising_strength,
+        safety_checker=asked.safety_checker,
     )
     return Submission(request=picture, caller=caller_of(request), dialect=DIALECT.name, client=client_of(request))
 
@@ -267,6 +271,11 @@ async def checkpoint(house: House, named: object) -> Card:
         raise NotFound(f"Checkpoint {named[:80]!r} not found", hint=exc.hint) from exc
 
 
+async def chosen(request: Request) -> Card:
+    """The card of the checkpoint that the caller has chosen."""
+    return await checkpoint(house_of(request), seat_of(request).options.get("sd_model_checkpoint"))
+
+
 def _put_back(patch: retouch.Patch, content: bytes) -> bytes:
     """The redrawn part in its picture, with the notes of how it was drawn."""
     return pictures.encode(patch.applied(pictures.decode(content)), "png", pictures.read_metadata(content))
@@ -278,9 +287,9 @@ def _info(job: Job, card: Card, infotexts: list[str], *, strength: float | None)
     seeds = [output.seed for output in job.outputs]
     return {
         "prompt": asked.prompt,
-        "all_prompts": [asked.prompt] * n_images,
+        "all_prompts": [asked.prompt] * len(seeds),
         "negative_prompt": asked.negative_prompt,
-        "all_negative_prompts": [asked.negative_prompt] * n_images,
+        "all_negative_prompts": [asked.negative_prompt] * len(seeds),
         "seed": first.seed,
         "all_seeds": seeds,
         "subseed": first.seed,
@@ -310,6 +319,8 @@ def _info(job: Job, card: Card, infotexts: list[str], *, strength: float | None)
         "is_using_inpainting_conditioning": False,
         "version": f"sdfleet {__version__}",
         "job_id": job.id,
+        "safety": [output.safety for output in job.outputs],
+        "withheld": [one.model_dump() for one in withheld_of(job)],
         "warnings": list(job.warnings),
     }
 
@@ -423,6 +434,15 @@ async def options(request: Request) -> dict[str, Any]:
     }
 
 
+async def _bring(house: House, card: Card) -> None:
+    """Have a checkpoint that was just chosen in memory before its first picture is asked for."""
+    try:
+        await house.runtime.load(card.name)
+    except SdfleetError as exc:
+        # The first picture will tell its caller.
+        log.info("a chosen checkpoint cannot be loaded", extra={"model": card.name, "why": str(exc)})
+
+
 @router.post(
     "/options", openapi_extra={"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
 )
@@ -435,6 +455,8 @@ async def set_options(request: Request) -> None:
     if "sd_model_checkpoint" in given:
         card = await checkpoint(house_of(request), given["sd_model_checkpoint"])
         given["sd_model_checkpoint"] = title_of(card)
+        if given["sd_model_checkpoint"] != seat_of(request).options.get("sd_model_checkpoint"):
+            request.app.state.background(_bring(house_of(request), card))
     seat = seat_of(request)
     chosen = {**seat.options, **given}
     if len(json.dumps(chosen)) > MAX_OPTIONS_BYTES:

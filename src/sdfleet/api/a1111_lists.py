@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sdfleet.api.a1111 import FAULTS, hash_of, title_of
+from sdfleet.api.a1111 import FAULTS, chosen, hash_of, title_of
 from sdfleet.api.a1111_wire import (
     ExtraAsked,
     ExtraBatchAnswer,
@@ -23,6 +23,7 @@ from sdfleet.api.a1111_wire import (
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import as_json, house_of
 from sdfleet.api.bodies import described, from_base64, json_body
+from sdfleet.catalog.adapter_use import fits
 from sdfleet.engine.sampler_names import SamplerName, a1111_label, known_samplers, parse_sampler
 from sdfleet.errors import InvalidValue, NotFound
 from sdfleet.storage import pictures, retouch
@@ -87,6 +88,20 @@ async def latent_upscale_modes() -> list[dict[str, str]]:
 
 
 @router.get("/loras")
+async def loras(request: Request) -> list[dict[str, Any]]:
+    """The LoRAs that are here, for `<lora:name:scale>` in a prompt. path: below the models folder."""
+    catalog = house_of(request).catalog
+    return [
+        {
+            "name": adapter.name,
+            "alias": adapter.alias,
+            "path": str(adapter.path.relative_to(catalog.models_folder)),
+            "metadata": dict(adapter.metadata),
+        }
+        for adapter in await asyncio.to_thread(catalog.adapters.all, "lora")
+    ]
+
+
 @router.get("/sd-vae")
 @router.get("/sd-modules")
 @router.get("/hypernetworks")
@@ -101,9 +116,21 @@ async def nothing() -> list[dict[str, Any]]:
 
 
 @router.get("/embeddings")
-async def embeddings() -> dict[str, dict[str, Any]]:
-    """This server has none."""
-    return {"loaded": {}, "skipped": {}}
+async def embeddings(request: Request) -> dict[str, dict[str, Any]]:
+    """The embeddings that the caller's checkpoint can read, by what a prompt calls them, and the others."""
+    catalog = house_of(request).catalog
+    card = await chosen(request)
+    found = await asyncio.to_thread(lambda: catalog.inspect(catalog.resolve(card.name)))
+    told: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+    for adapter in await asyncio.to_thread(catalog.adapters.all, "embedding"):
+        told["loaded" if fits(adapter, found) else "skipped"][adapter.facts.word or adapter.name] = {
+            "step": None,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": None,
+            "shape": sum((adapter.facts.widths or {}).values()),
+            "vectors": adapter.facts.n_vectors,
+        }
+    return told
 
 
 @router.get("/scripts")
@@ -130,10 +157,22 @@ async def memory(request: Request) -> dict[str, dict[str, Any]]:
 @router.post("/refresh-loras")
 @router.post("/refresh-vae")
 @router.post("/refresh-embeddings")
-@router.post("/reload-checkpoint")
-@router.post("/unload-checkpoint")
 async def refresh() -> dict[str, Any]:
-    """Nothing to do: the catalogue is read anew with every request, and models leave when their memory is needed."""
+    """Nothing to do: the catalogue is read anew with every request."""
+    return {}
+
+
+@router.post("/reload-checkpoint", dependencies=[needs("manage")])
+async def reload_checkpoint(request: Request) -> dict[str, Any]:
+    """Have the caller's checkpoint in memory."""
+    await house_of(request).runtime.load((await chosen(request)).name)
+    return {}
+
+
+@router.post("/unload-checkpoint", dependencies=[needs("manage")])
+async def unload_checkpoint(request: Request) -> dict[str, Any]:
+    """Let the caller's checkpoint leave the memory, as soon as the jobs that draw with it have ended."""
+    await house_of(request).runtime.release((await chosen(request)).name)
     return {}
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdfleet.api.asked import SafetyCheckerField
+
 # What the origin answers to for "no choice".
 AUTOMATIC = frozenset({"", "automatic", "none", "use same scheduler", "use same sampler"})
 MAX_PICTURES = 64
@@ -45,6 +47,9 @@ class Txt2ImgAsked(BaseModel):
     send_images: bool = True
     alwayson_scripts: dict[str, Any] | None = None
     force_task_id: str | None = None
+
+    # Ours; the origin has no checker, and sends no such field.
+    safety_checker: SafetyCheckerField = None
 
     def refused_features(self) -> list[str]:
         """What was switched on and is not here."""

@@ -5,6 +5,8 @@ a web page in that person's browser. Hence two checks that come before everythin
 
 - Host: a page whose name was bound to 127.0.0.1 (DNS rebinding) names a host that is not ours
 - Origin: a page of another site may send a form or a "simple" POST here without asking first
+
+A browser that has shown its key sends a cookie instead, see sessions.py.
 """
 
 from __future__ import annotations
@@ -28,27 +30,31 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sdfleet.api.dialect import Dialect
-from sdfleet.domain import Caller, OwnerId
+from sdfleet.api.sessions import PROOF, Sessions, token_of
+from sdfleet.domain import Caller, OwnerId, SafetyChecker, Submission
 from sdfleet.domain import Scope as Right
 from sdfleet.errors import NotAllowed, NotAuthenticated, RateLimited, SdfleetError
-from sdfleet.storage.keys import KeyStore
+from sdfleet.storage.keys import KeyRecord, KeyStore
 
 # What a browser or a load balancer must be able to read before anybody signs in.
-PUBLIC_PATHS = frozenset({"/", "/health", "/api/version", "/favicon.ico"})
-# Their links carry a signature, see links.py.
-PUBLIC_PREFIX = "/files/"
+PUBLIC_PATHS = frozenset({"/", "/studio", "/dashboard", "/session", "/health", "/api/version", "/favicon.ico"})
+# The page's own files; links that carry a signature, see links.py.
+PUBLIC_PREFIXES = ("/static/", "/files/")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOOK_EVERY_S = 1.0
+STRICTNESS: Mapping[SafetyChecker, int] = {"off": 0, "flag": 1, "on": 2}
 ADMIN = Caller(owner=OwnerId("admin"), name="SD_API_KEY")
 
 
 class Doorkeeper:
     """Decides who a request comes from. Raises NotAllowed, NotAuthenticated or RateLimited.
 
-    admin_key: the key out of the settings, with every right. is_public: others than this machine can reach the server,
+    admin_key: the key out of the settings, with every right. home_key: of the person at this machine, see doorplate.py.
+    is_public: others than this machine can reach the server,
     so it never goes without a key, also when the last one was revoked.
     hosts, origins: what is allowed beside loopback and the server's own address.
+    sessions: None lets nobody in by a cookie.
     """
 
     def __init__(
@@ -56,12 +62,16 @@ class Doorkeeper:
         *,
         keys: KeyStore,
         admin_key: str | None,
+        home_key: str | None = None,
         is_public: bool = False,
         hosts: frozenset[str] = frozenset(),
         origins: frozenset[str] = frozenset(),
+        sessions: Sessions | None = None,
     ) -> None:
         self._keys = keys
+        self._sessions = sessions
         self._admin_key = admin_key
+        self._home_key = home_key
         self._is_public = is_public
         self._has_keys = False
         self._looked_s = -math.inf
@@ -70,7 +80,7 @@ class Doorkeeper:
 
     async def admit(self, *, method: str, path: str, headers: Headers) -> Caller:
         """The caller, who may still lack a right for what the route does."""
-        needs_key = self._is_public or self._admin_key is not None or await self._has_any_key()
+        needs_key = await self.needs_key()
         if not needs_key:
             self._check_host(headers.get("host", ""))
         self._check_origin(method, headers)
@@ -78,24 +88,59 @@ class Doorkeeper:
             return Caller()
         secret = secret_of(headers)
         if secret is not None:
-            if self._admin_key is not None and hmac.compare_digest(secret.encode(), self._admin_key.encode()):
-                return ADMIN
-            found = await self._keys.find(secret)
+            found = await self._holder(secret)
             if found is not None:
-                return Caller(
-                    owner=found.owner,
-                    name=found.name,
-                    scopes=found.scopes,
-                    max_queued=found.max_queued,
-                    rate_per_minute=found.rate_per_minute,
-                )
-        if path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIX):
+                return found[0]
+        elif (caller := await self._signed_in(headers)) is not None:
+            if method not in SAFE_METHODS and PROOF not in headers:
+                raise NotAllowed(f"a change by a signed-in browser lacks the header {PROOF}", hint="use the page")
+            return caller
+        if path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES):
             return Caller(owner=OwnerId("nobody"), name="nobody", scopes=frozenset())
         if secret is None:
             raise NotAuthenticated(
                 "this server wants a key", hint="send it as 'Authorization: Bearer KEY' or 'X-API-Key'"
             )
         raise NotAuthenticated("the key is not known here", hint="see `sdfleet keys list` on the server")
+
+    async def needs_key(self) -> bool:
+        """Whether nobody gets in without a key."""
+        return self._is_public or self._admin_key is not None or await self._has_any_key()
+
+    async def sign_in(self, secret: str) -> tuple[Caller, str | None]:
+        """Who holds this key, and the token of a session; without one where no key is asked for.
+
+        Raises NotAuthenticated.
+        """
+        if not await self.needs_key():
+            return Caller(), None
+        found = await self._holder(secret)
+        if found is None or self._sessions is None:
+            raise NotAuthenticated("the key is not known here", hint="see `sdfleet keys list` on the server")
+        caller, subject = found
+        return caller, self._sessions.issue(subject)
+
+    async def _holder(self, secret: str) -> tuple[Caller, str] | None:
+        """Who holds this key, and what a session names them by; None for any other text."""
+        print_of = "" if self._sessions is None else self._sessions.print_of(secret)
+        if self._home_key is not None and hmac.compare_digest(secret.encode(), self._home_key.encode()):
+            return Caller(), f"home-{print_of}"
+        if self._admin_key is not None and hmac.compare_digest(secret.encode(), self._admin_key.encode()):
+            return ADMIN, f"admin-{print_of}"
+        found = await self._keys.find(secret)
+        return None if found is None else (_caller(found), found.owner)
+
+    async def _signed_in(self, headers: Headers) -> Caller | None:
+        """Who a session stands for, while the key behind it is still in force."""
+        token = None if self._sessions is None else token_of(headers)
+        subject = None if token is None or self._sessions is None else self._sessions.subject(token)
+        if subject is None or self._sessions is None:
+            return None
+        for key, name, caller in ((self._home_key, "home", Caller()), (self._admin_key, "admin", ADMIN)):
+            if key is not None and subject == f"{name}-{self._sessions.print_of(key)}":
+                return caller
+        found = await self._keys.in_force(OwnerId(subject))
+        return None if found is None else _caller(found)
 
     async def _has_any_key(self) -> bool:
         """Whether the store has a key; a new one is noticed within a second."""
@@ -126,6 +171,16 @@ class Doorkeeper:
             raise NotAllowed(
                 f"the page {origin[:80]!r} may not do this", hint="add it to SD_ALLOWED_ORIGINS on the server"
             )
+
+
+def _caller(key: KeyRecord) -> Caller:
+    return Caller(
+        owner=key.owner,
+        name=key.name,
+        scopes=key.scopes,
+        max_queued=key.max_queued,
+        rate_per_minute=key.rate_per_minute,
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -241,6 +296,13 @@ def check_right(caller: Caller, right: Right) -> None:
             f"the key {caller.name!r} may not {right}",
             hint=f"make one that may: sdfleet keys create NAME --scope {right}",
         )
+
+
+def check_filter(submission: Submission, *, of_server: SafetyChecker) -> None:
+    """Raise NotAllowed unless the caller may have pictures checked less than the server does by itself."""
+    asked = submission.request.safety_checker
+    if asked is not None and STRICTNESS[asked] < STRICTNESS[of_server]:
+        check_right(submission.caller, "unfiltered")
 
 
 class Access:

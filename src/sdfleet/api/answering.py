@@ -26,7 +26,8 @@ from starlette.types import Receive, Scope, Send
 from sdfleet.api import access
 from sdfleet.compose import House
 from sdfleet.domain import Idempotency, Job, JobId, OwnerId, Submission
-from sdfleet.errors import DeadlineExceeded, EngineFailed, InvalidValue, SdfleetError, from_wire
+from sdfleet.errors import DeadlineExceeded, EngineFailed, InvalidValue, SdfleetError, SwitchedOff, from_wire
+from sdfleet.storage.switches import SwitchBoard
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 # A client that says it repeats lost requests is given this long to come back before its job is cancelled.
@@ -69,10 +70,15 @@ class Waiting:
 async def submit(request: Request, submission: Submission) -> Job:
     """The job of a submission, in the store for good when this returns.
 
-    Raises NotAllowed, RateLimited, QueueFull, Conflict, ShuttingDown, and a BadRequest for what cannot be drawn.
+    Raises NotAllowed, SwitchedOff, RateLimited, QueueFull, Conflict, ShuttingDown, and a BadRequest for what cannot be
+    drawn.
     """
     house, waiting = house_of(request), waiting_of(request)
     access.check_right(submission.caller, "generate")
+    switches: SwitchBoard = request.app.state.switches
+    if not switches.now.image_generation:
+        raise SwitchedOff("image generation is disabled on this server", hint="it is switched on at /dashboard")
+    access.check_filter(submission, of_server=house.settings.safety_checker)
     limit: access.RateLimit = request.app.state.rate_limit
     limit.take(submission.caller.owner, now_s=access.now_s(), per_minute=submission.caller.rate_per_minute)
     submission = replace(submission, traceparent=_traceparent(request))
@@ -189,6 +195,19 @@ def failure(job: Job) -> SdfleetError:
     if job.error is None:
         return EngineFailed(f"job {job.id} is {job.state}")
     return from_wire(dict(job.error))
+
+
+class WithheldAnswer(BaseModel):
+    """A picture that was drawn, and is not given out because the model's safety checker flagged it."""
+
+    index: int
+    seed: int
+    reason: str = "flagged"
+
+
+def withheld_of(job: Job) -> list[WithheldAnswer]:
+    """The pictures that a job drew and does not give out."""
+    return [WithheldAnswer(index=one.index, seed=one.seed) for one in job.withheld]
 
 
 class LargeResponse(Response):

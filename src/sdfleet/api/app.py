@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -22,13 +22,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet import __version__, compose
-from sdfleet.api import a1111, a1111_lists, bfl, herd, jobs, links, native, ollama, openai, pulling, system
+from sdfleet.api import (
+    a1111,
+    a1111_lists,
+    bfl,
+    dashboard,
+    fleet,
+    herd,
+    jobs,
+    links,
+    models,
+    native,
+    ollama,
+    openai,
+    pages,
+    pulling,
+    signing_in,
+    studio,
+    system,
+)
 from sdfleet.api.access import Access, Doorkeeper, RateLimit, is_loopback
 from sdfleet.api.answering import ClientLeft, Waiting
 from sdfleet.api.dialect import BadBody, Dialect
 from sdfleet.api.limits import Limits, Tracing
+from sdfleet.api.sessions import Sessions
+from sdfleet.api.snapshots import Snapshots
+from sdfleet.domain import Job
 from sdfleet.errors import MethodNotAllowed, NotAcceptable, NotFound, SdfleetError
 from sdfleet.settings import Settings
+from sdfleet.storage import doorplate
+from sdfleet.storage.doorplate import Doorplate
+from sdfleet.storage.switches import SwitchBoard
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +69,22 @@ DIALECTS: dict[str, Dialect] = {
     "/api/txt2img": native.DIALECT,
     "/api/img2img": native.DIALECT,
     "/api/backends": native.DIALECT,
-    "/fleet/": ollama.DIALECT,
+    "/api/models": models.DIALECT,
+    "/api/samplers": native.DIALECT,
+    "/api/tokens": native.DIALECT,
+    "/api/metadata": native.DIALECT,
+    "/fleet/": fleet.DIALECT,
     "/dashboard/": ollama.DIALECT,
     "/generate": native.SIMPLE_DIALECT,
 }
+
+
+class Opens(Protocol):
+    """Builds the house that an app answers for. job_body: what a webhook is sent about a job."""
+
+    def __call__(
+        self, settings: Settings, *, job_body: Callable[[Job], bytes]
+    ) -> contextlib.AbstractAsyncContextManager[compose.House]: ...
 
 
 def dialect_of(path: str) -> Dialect:
@@ -61,8 +97,11 @@ def dialect_of(path: str) -> Dialect:
     return DIALECTS.get(found, native.DIALECT)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The whole server as an ASGI app; its lifespan opens and closes everything it stands on."""
+def create_app(settings: Settings, *, opens: Opens = compose.server) -> FastAPI:
+    """The whole server as an ASGI app; its lifespan opens and closes everything it stands on.
+
+    opens: what that is: `compose.server`, or a router's.
+    """
     app = FastAPI(
         title="sdfleet",
         version=__version__,
@@ -87,11 +126,19 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings = settings
+    app.state.opens = opens
     app.state.fault = None
+    app.state.checkup = dashboard.Checkup()
+    app.state.snapshots = Snapshots()
+    app.state.series = dashboard.SeriesShelf()
+    # Whoever listens on a port that was free says here which it is.
+    app.state.port = settings.port
     for router in (
         openai.router, a1111.router,
-        a1111_lists.router, ollama.router, pulling.router, herd.router, bfl.router, native.router, jobs.router,
-        links.router, system.router,
+        a1111_lists.router, ollama.router, pulling.router, herd.router, fleet.router, bfl.router, native.router,
+        jobs.router,
+        models.router,
+        links.router, system.router, dashboard.router, pages.router, signing_in.router, studio.router,
     ):  # fmt: skip
         app.include_router(router)
     return app
@@ -103,18 +150,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     admin_key = None if settings.api_key is None else settings.api_key.get_secret_value()
     async with (
         _noting_fault(app),
-        compose.server(settings, job_body=jobs.body_of) as house,
+        app.state.opens(settings, job_body=jobs.body_of) as house,
+        _doorplate(settings, port=app.state.port) as plate,
         asyncio.TaskGroup() as tasks,
     ):
         app.state.house = house
         app.state.waiting = Waiting()
+        app.state.switches = await asyncio.to_thread(SwitchBoard, settings.home)
         app.state.rate_limit = RateLimit(per_minute=settings.rate_per_minute)
         app.state.doorkeeper = Doorkeeper(
             keys=house.keys,
             admin_key=admin_key,
+            home_key=plate.key,
             is_public=not is_loopback(settings.host),
             hosts=frozenset({settings.host.lower(), *(name.lower() for name in settings.allowed_hosts)}),
             origins=frozenset(settings.allowed_origins),
+            sessions=Sessions(house.signing_key),
         )
         running: set[asyncio.Task[None]] = set()
 
@@ -132,7 +183,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.background = background
         background(house.readiness.load())
         # A server whose desk has died would take jobs that nobody draws: it ends with the desk instead.
-        tasks.create_task(house.desk.stand())
+        tasks.create_task(house.stand())
         try:
             yield
         finally:
@@ -143,6 +194,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 await asyncio.wait(running)
 
 
+@contextlib.asynccontextmanager
+async def _doorplate(settings: Settings, *, port: int) -> AsyncIterator[Doorplate]:
+    with doorplate.hung(settings.home, host=settings.host, port=port) as plate:
+        yield plate
+
+
 async def drain(app: FastAPI) -> None:
     """Take no more jobs and give those that run SD_DRAIN_S; whoever still waits then is told that the server stops.
 
@@ -150,7 +207,8 @@ async def drain(app: FastAPI) -> None:
     """
     app.state.background = _drop
     house: compose.House = app.state.house
-    await house.desk.close()
+    await house.drain()
+    app.state.snapshots.close()
 
 
 @contextlib.asynccontextmanager

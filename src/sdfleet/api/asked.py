@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from starlette.requests import Request
 
 from sdfleet.api.access import caller_of
 from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import decoded, decoded_mask, from_base64
 from sdfleet.api.fetching import fetch_picture, is_url
+from sdfleet.api.lora_fields import LorasField, uses_of
 from sdfleet.catalog.cards import Family
 from sdfleet.compose import House
-from sdfleet.domain import MAX_SEED, ImageRequest, Picture, PictureFormat, StepCache, Submission, Webhook
+from sdfleet.domain import MAX_SEED, ImageRequest, Picture, PictureFormat, SafetyChecker, StepCache, Submission, Webhook
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
 # Where people say which engine they want, they mean one of these; the first two are this machine's own.
@@ -25,6 +26,20 @@ MAX_PRIORITY = 100
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 
 ReadablePicture = Annotated[str, Field(description="base64, a data URL, or (if the server allows it) an http URL")]
+
+
+def _switch(value: object) -> object:
+    """True and false, as other programs say it; a form has them as words."""
+    return {"true": "on", "false": "off"}.get(str(value).lower(), value) if isinstance(value, bool | str) else value
+
+
+SafetyCheckerField = Annotated[
+    SafetyChecker | None,
+    BeforeValidator(_switch),
+    Field(description="what becomes of a picture that the model's checker flags; less than the server's needs a scope"),
+]
+
+SAFETY_CHECKER: TypeAdapter[SafetyChecker | None] = TypeAdapter(SafetyCheckerField)
 
 
 class WebhookFields(BaseModel):
@@ -59,7 +74,9 @@ class PictureFields(BaseModel):
     t5: Literal["auto", "keep", "skip"] = "auto"
     reproducible: bool = False
     step_cache: StepCache = "off"
+    loras: LorasField = []
     allow_degraded: bool = False
+    safety_checker: SafetyCheckerField = None
     backend: str | None = None
     output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
     quality: Annotated[int | None, Field(ge=1, le=100, description="of jpeg and webp")] = None
@@ -112,7 +129,9 @@ async def to_submission(request: Request, asked: PictureFields, *, dialect: str,
         t5=asked.t5,
         reproducible=asked.reproducible,
         step_cache=asked.step_cache,
+        loras=uses_of(asked.loras),
         allow_degraded=asked.allow_degraded,
+        safety_checker=asked.safety_checker,
     )
     facts: dict[str, Any] = {
         "format": asked.format,

@@ -201,6 +201,7 @@ def _result(request: Request, status: JobStatus) -> Result:
                 "prompt": job.request.prompt,
                 "model": job.request.model,
                 "seed": output.seed,
+                "safety": output.safety,
                 "start_time": job.started_s,
                 "end_time": job.finished_s,
                 "duration": round((job.finished_s or 0.0) - (job.started_s or 0.0), 3),

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import time
 from typing import Annotated, Any
 
-import psutil
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sdfleet import __version__
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of, submit_and_wait
 from sdfleet.api.asked import client_of, model_named, sides_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.native import drawing_s
+from sdfleet.api.nodes import holders_of, node_id, nodes_of
 from sdfleet.api.ollama import DIALECT, FAULTS
 from sdfleet.compose import House
 from sdfleet.domain import ImageRequest, Submission
@@ -29,7 +27,6 @@ router = APIRouter(tags=["herd"], responses=FAULTS)
 STATS_WINDOW_S = 24 * 3600.0
 MAX_TAGS = 32
 MAX_TAG_CHARS = 100
-BYTES_PER_GB = 2**30
 
 
 class RenderFailed(SdfleetError):
@@ -109,7 +106,7 @@ async def generate_image(
     output = job.outputs[0]
     wait_s = max(0.0, (job.started_s or job.created_s) - job.created_s)
     headers = {
-        "X-Fleet-Node": node_id(),
+        "X-Fleet-Node": job.node or node_id(),
         "X-Fleet-Model": job.request.model,
         "X-Fleet-Served-Model": job.request.model,
         "X-Fleet-Requested-Model": _header(asked.model),
@@ -119,6 +116,7 @@ async def generate_image(
         "X-Generation-Time": str(round(drawing_s(job) * 1000)),
         "X-Queue-Time": str(round(wait_s * 1000)),
         "X-Seed": str(output.seed),
+        "X-Safety": output.safety,
         "X-Job-Id": job.id,
     }
     if job.warnings:
@@ -150,10 +148,16 @@ def _tags(request: Request, asked: GenerateImageAsked) -> tuple[str, ...]:
 async def image_models(request: Request) -> dict[str, list[dict[str, Any]]]:
     """The models that draw, and where they are."""
     check_right(caller_of(request), "read")
-    entries = await asyncio.to_thread(house_of(request).catalog.entries)
+    house = house_of(request)
+    entries = await asyncio.to_thread(house.catalog.entries)
     return {
         "models": [
-            {"name": entry.card.name, "type": "image", "backend": "local", "fleet_nodes": [node_id()]}
+            {
+                "name": entry.card.name,
+                "type": "image",
+                "backend": "local",
+                "fleet_nodes": holders_of(house, entry.card.name),
+            }
             for entry in entries
         ]
     }
@@ -170,13 +174,13 @@ async def image_stats(request: Request, limit: Annotated[int, Query(ge=1, le=500
         "completed": stats.n_done,
         "failed": stats.n_failed,
         "avg_generation_ms": round((stats.avg_generation_s or 0.0) * 1000, 1),
-        "by_node": {node_id(): n_total} if n_total else {},
+        "by_node": {node or node_id(): n for node, n in stats.by_node.items()},
         "by_model": dict(stats.by_model),
         "recent": [
             {
                 "timestamp": recent.finished_s,
                 "model": recent.model,
-                "node_id": node_id(),
+                "node_id": recent.node or node_id(),
                 "status": "completed" if recent.state == "done" else "failed",
                 "generation_ms": None if recent.generation_s is None else round(recent.generation_s * 1000, 1),
                 "width": recent.width_px,
@@ -190,76 +194,68 @@ async def image_stats(request: Request, limit: Annotated[int, Query(ge=1, le=500
 
 @router.get("/fleet/status")
 async def fleet_status(request: Request) -> dict[str, Any]:
-    """The fleet: this machine, and nothing else."""
+    """The fleet: a router's nodes; of one machine, that machine."""
     check_right(caller_of(request), "read")
-    house = house_of(request)
-    queues = await _queues(house)
-    models = [entry.card.name for entry in await asyncio.to_thread(house.catalog.entries)]
-    standing = house.runtime.capabilities()
-    load = house.desk.load()
-    loaded = standing.facts.get("checkpoints")
-    n_loaded = len(loaded) if isinstance(loaded, list | tuple) else 0
-    is_online = standing.state not in {"unavailable", "closed"}
-    node: dict[str, Any] = {
-        "node_id": node_id(),
-        "status": "online" if is_online else "degraded",
-        **await asyncio.to_thread(_hardware),
-        "ollama_url": "",
-        "ollama": {
-            "models_loaded": [],
-            "models_available": [],
-            "requests_active": load.n_running,
-            "version": __version__,
-        },
-        "models_loaded_count": n_loaded,
-        "free_slots": max(0, house.settings.max_queued - load.n_queued),
-    }
-    if models:  # absent, not null, where nothing draws
-        node["image"] = {
-            "models_available": [{"name": name, "binary": "sdfleet"} for name in models],
-            "generating": load.n_running > 0,
-        }
+    return await status_of(house_of(request))
+
+
+async def status_of(house: House) -> dict[str, Any]:
+    """What `/fleet/status` answers."""
+    nodes = await nodes_of(house)
     return {
         "fleet": {
-            "nodes_total": 1,
-            "nodes_online": int(is_online),
-            "models_loaded": n_loaded,
-            "requests_active": load.n_running,
+            "nodes_total": len(nodes),
+            "nodes_online": sum(node.status == "online" for node in nodes),
+            "models_loaded": sum(len(node.loaded) for node in nodes),
+            "requests_active": house.desk.load().n_running,
         },
-        "nodes": [node],
-        "queues": queues,
+        "nodes": [node.to_json() for node in nodes],
+        "queues": await _queues(house),
         "timestamp": time.time(),
     }
 
 
 @router.get("/fleet/queue")
 async def fleet_queue(request: Request) -> dict[str, Any]:
-    """How much waits, and how long a request that comes now would."""
+    """How much waits, and how long one picture of the default model, asked for now, would."""
     check_right(caller_of(request), "read")
     house = house_of(request)
     load = house.desk.load()
     counts = await house.store.counts()
+    wait_s = await _wait_s(house)
     return {
         "queue_depth": load.n_queued + load.n_running,
         "pending": load.n_queued,
         "in_flight": load.n_running,
         "completed": counts.get("done", 0),
         "failed": counts.get("failed", 0),
-        "estimated_wait_ms": None if load.wait_s is None else round(load.wait_s * 1000),
-        "nodes_online": 1,
+        "estimated_wait_ms": None if wait_s is None else round(wait_s * 1000),
+        "nodes_online": sum(node.status == "online" for node in await nodes_of(house)),
         "queues": await _queues(house),
         "timestamp": time.time(),
     }
 
 
+async def _wait_s(house: House) -> float | None:
+    if house.fleet is None:
+        return house.desk.load().wait_s
+    try:
+        card = (await asyncio.to_thread(house.catalog.resolve, house.settings.model)).card
+    except (UnknownName, CheckpointError):
+        return None
+    return house.fleet.wait_s(model=card.name, megapixels=card.width_px * card.height_px / 2**20, steps=card.steps)
+
+
 async def _queues(house: House) -> dict[str, Any]:
-    """One queue for each model that had work in the last day, as Herd names them: `node:model:latest`."""
-    stats = await house.store.image_stats(since_s=time.time() - STATS_WINDOW_S, n_recent=1)
-    counts = await house.store.counts_by_model(since_s=time.time() - STATS_WINDOW_S)
-    node = node_id()
+    """One queue for each node and model that had work in the last day, as Herd names them: `node:model:latest`.
+
+    In a fleet nothing waits at a node: what is not begun, and what failed, stands with the router.
+    """
+    since_s = time.time() - STATS_WINDOW_S
+    stats = await house.store.image_stats(since_s=since_s, n_recent=1)
     queues = {}
-    for model in sorted({*stats.by_model, *counts}):
-        by_state = counts.get(model, {})
+    for (drawn_by, model), by_state in sorted((await house.store.counts_by_place(since_s=since_s)).items()):
+        node = drawn_by or node_id()
         queues[f"{node}:{model}:latest"] = {
             "node_id": node,
             "model": f"{model}:latest",
@@ -272,35 +268,3 @@ async def _queues(house: House) -> dict[str, Any]:
             "avg_latency_ms": round((stats.avg_generation_s or 0.0) * 1000, 1),
         }
     return queues
-
-
-def node_id() -> str:
-    """This machine's name in the fleet."""
-    return platform.node().partition(".")[0] or "localhost"
-
-
-def _hardware() -> dict[str, Any]:
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    used = memory.total - memory.available
-    share = used / memory.total
-    return {
-        "hardware": {
-            "memory_total_gb": round(memory.total / BYTES_PER_GB, 2),
-            "cores_physical": cores,
-            "chip": platform.processor() or platform.machine(),
-            "memory_bandwidth_gbps": 0.0,
-            "arch": platform.machine(),
-        },
-        "cpu": {"cores_physical": cores, "utilization_pct": psutil.cpu_percent()},
-        "memory": {
-            "total_gb": round(memory.total / BYTES_PER_GB, 2),
-            "used_gb": round(used / BYTES_PER_GB, 2),
-            "available_gb": round(memory.available / BYTES_PER_GB, 2),
-            "pressure": "critical" if share > 0.95 else "warn" if share > 0.85 else "normal",
-            "wired_gb": 0,
-            "compressed_gb": 0,
-            "swap_used_gb": round(swap.used / BYTES_PER_GB, 2),
-            "swap_total_gb": round(swap.total / BYTES_PER_GB, 2),
-        },
-    }

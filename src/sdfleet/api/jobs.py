@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdfleet.api.access import caller_of, check_right, needs
-from sdfleet.api.answering import house_of, submit
+from sdfleet.api.answering import WithheldAnswer, house_of, submit, withheld_of
 from sdfleet.api.asked import PictureFields, to_submission
 from sdfleet.api.bodies import described, json_body
+from sdfleet.api.lora_fields import LoraFields, fields_of
 from sdfleet.api.native import DIALECT, FAULTS, MEDIA_TYPES, PICTURE
 from sdfleet.domain import Caller, Job, JobEvent, JobId, JobState, JobStatus, Output, OutputId, OwnerId
 from sdfleet.errors import NotFound
@@ -42,9 +43,19 @@ class ProgressAnswer(BaseModel):
 
 
 class OutputAnswer(BaseModel):
-    """One finished picture; `url` is a path on this server."""
+    """One finished picture; `url` is a path on this server. safety: passed, flagged, off or none.
+
+    prompt: its first 500 characters. created: seconds since 1970.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
 
     id: str
+    job_id: str
+    model: str
+    prompt: str
+    created: float
+    favourite: bool
     url: str
     thumbnail_url: str
     seed: int
@@ -52,10 +63,14 @@ class OutputAnswer(BaseModel):
     height: int
     format: str
     n_bytes: int
+    safety: str
 
 
 class JobAnswer(BaseModel):
-    """A job. Times are seconds since 1970. error: `{"code", "message", "hint"}` when failed or cancelled."""
+    """A job. Times are seconds since 1970. error: `{"code", "message", "hint"}` when failed or cancelled.
+
+    node: the machine of a fleet that drew it. why: there and not elsewhere, or why it waits.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -71,6 +86,7 @@ class JobAnswer(BaseModel):
     steps: int
     guidance: float
     sampler: str
+    loras: list[LoraFields]
     task: str
     dialect: str
     priority: int
@@ -79,10 +95,13 @@ class JobAnswer(BaseModel):
     started: float | None
     finished: float | None
     attempts: int
+    node: str
+    why: str | None = None
     queue_position: int | None
     eta_s: float | None
     progress: ProgressAnswer
     outputs: list[OutputAnswer]
+    withheld: list[WithheldAnswer]
     timings: dict[str, float]
     warnings: list[str]
     error: dict[str, str] | None
@@ -129,15 +148,21 @@ async def list_jobs(
     """The jobs of every dialect, newest first: all of them for a key that may manage, else one's own."""
     states: frozenset[JobState] | None = None if state is None else frozenset(state)
     page, following = await house_of(request).desk.statuses(
-        owner=_visible_to(request), states=states, before=before, limit=limit, search=search
+        owner=visible_to(request), states=states, before=before, limit=limit, search=search
     )
     return JobsAnswer(jobs=[answer_of(status) for status in page], next=following)
 
 
 @router.get("/api/jobs/{job_id}")
 async def show_job(request: Request, job_id: str) -> JobAnswer:
-    """A job as it stands."""
-    return answer_of(await _status(request, job_id))
+    """A job as it stands; of a router's, also which node has it, and why that one."""
+    house, status = house_of(request), await _status(request, job_id)
+    answer = answer_of(status)
+    if house.fleet is None:
+        return answer
+    why = house.fleet.why(status.job)
+    node = answer.node or house.fleet.node_of(status.job.id)
+    return answer.model_copy(update={"node": node, "why": None if why is None else why.text})
 
 
 @router.get(
@@ -187,14 +212,14 @@ def _json(value: dict[str, Any]) -> str:
 @router.delete("/api/jobs/{job_id}", dependencies=[needs("generate")])
 async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     """Stop a job before its next step; a job that has ended stays as it is."""
-    return answer_of(await house_of(request).desk.cancel(JobId(job_id), owner=_visible_to(request)))
+    return answer_of(await house_of(request).desk.cancel(JobId(job_id), owner=visible_to(request)))
 
 
 @router.post("/api/jobs/{job_id}/retry", status_code=202, dependencies=[needs("generate")])
 async def retry_job(request: Request, job_id: str) -> JobAnswer:
     """Another try of a job that failed or was cancelled, with the same seed and settings."""
     desk = house_of(request).desk
-    job = await desk.retry(JobId(job_id), owner=_visible_to(request))
+    job = await desk.retry(JobId(job_id), owner=visible_to(request))
     return answer_of(await desk.status(job.id))
 
 
@@ -203,25 +228,30 @@ async def list_outputs(
     request: Request,
     before: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    search: Annotated[str | None, Query(max_length=200, description="part of the prompt")] = None,
+    *,
+    favourites: Annotated[bool, Query(description="only these")] = False,
 ) -> OutputsAnswer:
     """Finished pictures, newest first."""
-    outputs, following = await house_of(request).store.outputs(owner=_visible_to(request), before=before, limit=limit)
-    return OutputsAnswer(outputs=[_output(output) for output in outputs], next=following)
+    outputs, following = await house_of(request).store.outputs(
+        owner=visible_to(request), before=before, limit=limit, search=search, only_favourites=favourites
+    )
+    return OutputsAnswer(outputs=[output_answer(output) for output in outputs], next=following)
 
 
 @router.get("/api/outputs/{output_id}", response_class=Response, responses=PICTURE)
 async def show_output(request: Request, output_id: str) -> Response:
     """A finished picture, with how it was made inside the file."""
-    output = await _found(request, output_id)
+    output = await found_output(request, output_id)
     content = await house_of(request).desk.picture(output)
-    headers = {"Cache-Control": CACHE, "X-Seed": str(output.seed), "X-Job-Id": output.job_id}
+    headers = {"Cache-Control": CACHE, "X-Seed": str(output.seed), "X-Job-Id": output.job_id, "X-Safety": output.safety}
     return Response(content, media_type=MEDIA_TYPES[output.format], headers=headers)
 
 
 @router.get("/api/outputs/{output_id}/thumbnail", response_class=Response, responses=PICTURE)
 async def show_thumbnail(request: Request, output_id: str) -> Response:
     """A small WebP of a finished picture."""
-    output = await _found(request, output_id)
+    output = await found_output(request, output_id)
     content = await asyncio.to_thread(house_of(request).files.thumbnail, output, side_px=THUMBNAIL_SIDE_PX)
     return Response(content, media_type="image/webp", headers={"Cache-Control": CACHE})
 
@@ -230,24 +260,25 @@ async def show_thumbnail(request: Request, output_id: str) -> Response:
 async def delete_output(request: Request, output_id: str) -> Response:
     """Remove a finished picture for good; its job stays in the list."""
     house = house_of(request)
-    output = await _found(request, output_id)
+    output = await found_output(request, output_id)
     await house.store.forget_outputs([output.id])
     await asyncio.to_thread(house.files.delete, output)
     return Response(status_code=204)
 
 
-async def _found(request: Request, output_id: str) -> Output:
-    output = await house_of(request).store.output(OutputId(output_id), owner=_visible_to(request))
+async def found_output(request: Request, output_id: str) -> Output:
+    """A finished picture that the caller may see. Raises NotFound, NotAllowed."""
+    output = await house_of(request).store.output(OutputId(output_id), owner=visible_to(request))
     if output is None:
         raise NotFound("there is no picture of that id", hint="see /api/outputs")
     return output
 
 
 async def _status(request: Request, job_id: str) -> JobStatus:
-    return await house_of(request).desk.status(JobId(job_id), owner=_visible_to(request))
+    return await house_of(request).desk.status(JobId(job_id), owner=visible_to(request))
 
 
-def _visible_to(request: Request) -> OwnerId | None:
+def visible_to(request: Request) -> OwnerId | None:
     """Whose jobs the caller sees: everybody's for who may manage, else their own. Raises NotAllowed."""
     caller: Caller = caller_of(request)
     if "manage" in caller.scopes:
@@ -273,6 +304,7 @@ def answer_of(status: JobStatus) -> JobAnswer:
         steps=asked.steps or 0,
         guidance=asked.guidance or 0.0,
         sampler=asked.sampler or "",
+        loras=fields_of(asked.loras),
         task=asked.task,
         dialect=job.submission.dialect,
         priority=job.submission.priority,
@@ -281,10 +313,12 @@ def answer_of(status: JobStatus) -> JobAnswer:
         started=job.started_s,
         finished=job.finished_s,
         attempts=job.attempts,
+        node=job.node,
         queue_position=status.queue_position,
         eta_s=status.eta_s,
         progress=ProgressAnswer(step=status.step, steps=status.n_steps),
-        outputs=[_output(output) for output in job.outputs],
+        outputs=[output_answer(output) for output in job.outputs],
+        withheld=withheld_of(job),
         timings=dict(job.timings_s),
         warnings=list(job.warnings),
         error=None if job.error is None else dict(job.error),
@@ -297,9 +331,14 @@ def body_of(job: Job) -> bytes:
     return answer_of(JobStatus(job=job, step=n_steps, n_steps=n_steps)).model_dump_json().encode()
 
 
-def _output(output: Output) -> OutputAnswer:
+def output_answer(output: Output) -> OutputAnswer:
     return OutputAnswer(
         id=output.id,
+        job_id=output.job_id,
+        model=output.model,
+        prompt=output.prompt,
+        created=output.created_s,
+        favourite=output.is_favourite,
         url=f"/api/outputs/{output.id}",
         thumbnail_url=f"/api/outputs/{output.id}/thumbnail",
         seed=output.seed,
@@ -307,4 +346,5 @@ def _output(output: Output) -> OutputAnswer:
         height=output.height_px,
         format=output.format,
         n_bytes=output.n_bytes,
+        safety=output.safety,
     )

@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet.api.access import caller_of, check_right, needs
-from sdfleet.api.answering import as_json, house_of, submit_and_wait
-from sdfleet.api.asked import BACKENDS, FAMILIES, PictureFields, sides_of, to_submission
+from sdfleet.api.answering import WithheldAnswer, as_json, house_of, submit_and_wait, withheld_of
+from sdfleet.api.asked import BACKENDS, FAMILIES, PictureFields, SafetyCheckerField, sides_of, to_submission
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import BadBody, error_response, field_of
+from sdfleet.api.lora_fields import LorasField
 from sdfleet.compose import House
 from sdfleet.domain import Job, PictureFormat
 from sdfleet.errors import BadRequest, InvalidValue, NotAuthenticated, SdfleetError
@@ -95,10 +96,15 @@ class OnePicture(BaseModel):
     height: int | None = None
     model: str | None = None
     allow_degraded: bool = False
+    safety_checker: SafetyCheckerField = None
+    loras: LorasField = []
 
 
 class PictureAnswer(BaseModel):
-    """What `/generate` answers. generation_time: seconds of drawing alone. seed: the one that was used."""
+    """What `/generate` answers. generation_time: seconds of drawing alone. seed: the one that was used.
+
+    safety: passed, flagged, off or none, see docs/safety.md.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -109,6 +115,7 @@ class PictureAnswer(BaseModel):
     height: int
     model: str
     job_id: str
+    safety: str
     warnings: list[str]
 
 
@@ -125,7 +132,7 @@ async def generate(request: Request, asked: Annotated[OnePicture, Depends(json_b
     fields = PictureFields(
         prompt=asked.prompt, negative_prompt=asked.negative_prompt, model=asked.model, seed=_seed(asked.seed),
         width=width, height=height, steps=asked.num_inference_steps, guidance=asked.guidance_scale,
-        allow_degraded=asked.allow_degraded,
+        allow_degraded=asked.allow_degraded, safety_checker=asked.safety_checker, loras=asked.loras,
     )  # fmt: skip
     job = await submit_and_wait(request, await to_submission(request, fields, dialect=SIMPLE_DIALECT.name))
     output = job.outputs[0]
@@ -137,6 +144,7 @@ async def generate(request: Request, asked: Annotated[OnePicture, Depends(json_b
         height=output.height_px,
         model=job.request.model,
         job_id=job.id,
+        safety=output.safety,
         warnings=list(job.warnings),
     )
     return await as_json(answer)
@@ -149,11 +157,12 @@ def _seed(seed: int | None) -> int | None:
 
 
 class ImageAnswer(BaseModel):
-    """One picture of an answer."""
+    """One picture of an answer. safety: passed, flagged, off or none."""
 
     b64_json: str
     seed: int
     url: str
+    safety: str
 
 
 class ImagesAnswer(BaseModel):
@@ -166,6 +175,7 @@ class ImagesAnswer(BaseModel):
     model: str
     job_id: str
     timings: dict[str, float]
+    withheld: list[WithheldAnswer]
     warnings: list[str]
 
 
@@ -211,13 +221,14 @@ async def _pictures(request: Request, asked: PictureFields) -> Response:
     texts = await as_base64(house, job)
     answer = ImagesAnswer(
         images=[
-            ImageAnswer(b64_json=text, seed=output.seed, url=f"/api/outputs/{output.id}")
+            ImageAnswer(b64_json=text, seed=output.seed, url=f"/api/outputs/{output.id}", safety=output.safety)
             for text, output in zip(texts, job.outputs, strict=True)
         ],
         backend=await asyncio.to_thread(backend_id, house, job.request.model),
         model=job.request.model,
         job_id=job.id,
         timings=dict(job.timings_s),
+        withheld=withheld_of(job),
         warnings=list(job.warnings),
     )
     return await as_json(answer)
@@ -292,6 +303,7 @@ async def raw_picture(house: House, job: Job) -> Response:
         "X-Seed": str(output.seed),
         "X-Generation-Time": str(round(drawing_s(job) * 1000)),
         "X-Model": job.request.model,
+        "X-Safety": output.safety,
     }
     return Response(await house.desk.picture(output), media_type=MEDIA_TYPES[output.format], headers=headers)
 

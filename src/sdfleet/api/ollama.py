@@ -10,24 +10,26 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from sdfleet import __version__
+from sdfleet.api import pages
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import failure, house_of, staying, submit, submit_and_wait, succeeded
-from sdfleet.api.asked import client_of, model_named, read_picture, sides_of
+from sdfleet.api.asked import SAFETY_CHECKER, client_of, model_named, read_picture, sides_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import error_response
+from sdfleet.api.models import expires_at as expiry_of
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.compose import House
-from sdfleet.domain import MAX_SIDE_PX, ImageRequest, Job, JobEvent, Submission
+from sdfleet.domain import MAX_SIDE_PX, ImageRequest, Job, JobEvent, SafetyChecker, Submission
 from sdfleet.errors import (
     BadRequest,
     CheckpointError,
@@ -37,6 +39,8 @@ from sdfleet.errors import (
     SdfleetError,
     UnknownName,
 )
+from sdfleet.residents import Resident
+from sdfleet.settings import seconds_of
 
 FAULTS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -50,6 +54,7 @@ FAULTS: dict[int | str, dict[str, Any]] = {
 }
 NDJSON = "application/x-ndjson"
 NANOSECONDS = 1_000_000_000
+KEEP_ALIVE_IGNORED = "keep_alive was ignored: how long a model stays is decided by keys with the right `manage`"
 
 
 class OllamaDialect:
@@ -67,9 +72,11 @@ router = APIRouter(tags=["ollama"], responses=FAULTS)
 
 
 @router.head("/", response_class=PlainTextResponse, include_in_schema=False)
-@router.get("/", response_class=PlainTextResponse)
-async def root(request: Request) -> PlainTextResponse:
-    """That somebody is here; Ollama's own program wants to read its own name."""
+@router.get("/", response_class=PlainTextResponse, responses=pages.AS_HTML)
+async def root(request: Request) -> Response:
+    """The page for a browser; for others that somebody is here. Ollama's own program wants to read its own name."""
+    if pages.wants_page(request):
+        return await pages.page(request, "studio")
     is_ollama = request.headers.get("user-agent", "").lower().startswith("ollama")
     return PlainTextResponse(
         "Ollama is running" if is_ollama else f"sdfleet {__version__} is running; see /openapi.json"
@@ -86,27 +93,25 @@ async def version() -> dict[str, str]:
 async def tags(request: Request) -> dict[str, list[dict[str, Any]]]:
     """The models that are here."""
     check_right(caller_of(request), "read")
-    entries = await asyncio.to_thread(_described_all, house_of(request))
-    return {"models": entries}
+    described = await asyncio.to_thread(_described_all, house_of(request))
+    return {"models": list(described.values())}
 
 
 @router.get("/api/ps")
 async def loaded_models(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """The models that are in memory; they stay until the memory is needed."""
+    """The models that are in memory, with their bytes there and the time they leave at if nobody uses them."""
     check_right(caller_of(request), "read")
     house = house_of(request)
-    facts = house.runtime.capabilities().facts
-    loaded = facts.get("checkpoints")
-    folders = {str(folder) for folder in loaded} if isinstance(loaded, list | tuple) else set()
-    entries = await asyncio.to_thread(_described_all, house, folders)
-    is_cpu = facts.get("device") == "cpu"
-    never = "9999-12-31T23:59:59Z"
-    return {
-        "models": [
-            {**entry, "expires_at": never, "size_vram": 0 if is_cpu else entry["size"], "context_length": 0}
-            for entry in entries
-        ]
-    }
+    here = {resident.checkpoint: resident for resident in house.runtime.residents.here()}
+    on_card = house.runtime.capabilities().facts.get("device") in {"cuda", "mps"}
+    described = await asyncio.to_thread(_described_all, house, set(here))
+    return {"models": [_in_memory(entry, here[folder], on_card=on_card) for folder, entry in described.items()]}
+
+
+def _in_memory(entry: dict[str, Any], resident: Resident, *, on_card: bool) -> dict[str, Any]:
+    size = resident.n_bytes or entry["size"]
+    expires_at = expiry_of(resident) or "9999-12-31T23:59:59Z"
+    return {**entry, "size": size, "size_vram": size if on_card else 0, "expires_at": expires_at, "context_length": 0}
 
 
 class ShowAsked(BaseModel):
@@ -172,14 +177,15 @@ async def generate(request: Request, asked: Annotated[GenerateAsked, Depends(jso
         raise InvalidValue("model", "it is missing", hint="see /api/tags")
     entry = await _entry(house, asked.model)
     if not asked.prompt.strip():
-        return await _load(house, asked, entry)
+        return await _load(request, asked, entry)
     submission = await _submission(request, asked, entry)
+    notes = await _keep(request, asked, entry, after_next_job=True)
     if asked.stream is False:
         job = await submit_and_wait(request, submission)
-        return Response(await _last(house, asked.model, job), media_type="application/json")
+        return Response(await _last(house, asked.model, job, notes=notes), media_type="application/json")
     house.readiness.check()
     job = await submit(request, submission)
-    return StreamingResponse(_lines(request, asked.model, job), media_type=NDJSON)
+    return StreamingResponse(_lines(request, asked.model, job, notes=notes), media_type=NDJSON)
 
 
 async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> Submission:
@@ -208,6 +214,7 @@ async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> S
         guidance=guidance,
         seed=None if seed is None or seed < 0 else int(seed),
         image=image,
+        safety_checker=_safety_checker(options.get("safety_checker")),
     )
     return Submission(
         request=picture,
@@ -215,6 +222,13 @@ async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> S
         dialect=DIALECT.name,
         client=client_of(request),
     )
+
+
+def _safety_checker(said: object) -> SafetyChecker | None:
+    try:
+        return SAFETY_CHECKER.validate_python(said)
+    except ValidationError as exc:
+        raise InvalidValue("options.safety_checker", f"{str(said)[:40]!r} is not on, flag or off") from exc
 
 
 def _number(options: Mapping[str, Any], name: str, *, whole: bool = False) -> float | int | None:
@@ -226,23 +240,50 @@ def _number(options: Mapping[str, Any], name: str, *, whole: bool = False) -> fl
     return int(value) if whole else float(value)
 
 
-async def _load(house: House, asked: GenerateAsked, entry: Entry) -> Response:
-    """An empty prompt: load the model, or (keep_alive 0) let it go when its memory is needed."""
-    is_unload = asked.keep_alive in {0, "0", "0s", "0m"}
-    if not is_unload:
+def _keep_alive_s(asked: GenerateAsked) -> float | None:
+    """Seconds, or None for ever."""
+    try:
+        return seconds_of(asked.keep_alive)
+    except ValueError as exc:
+        raise InvalidValue("keep_alive", f"{str(asked.keep_alive)[:40]!r} {exc}") from exc
+
+
+async def _keep(request: Request, asked: GenerateAsked, entry: Entry, *, after_next_job: bool) -> Sequence[str]:
+    """Let the model stay as long as asked, for callers who may decide that for all others; the others are told."""
+    if asked.keep_alive is None:
+        return ()
+    keep_alive_s = _keep_alive_s(asked)
+    if "manage" not in caller_of(request).scopes:
+        # Clients send it with every request without being asked to, so it is no reason to fail.
+        return (KEEP_ALIVE_IGNORED,)
+    await house_of(request).runtime.keep(entry.card.name, keep_alive_s, after_next_job=after_next_job)
+    return ()
+
+
+async def _load(request: Request, asked: GenerateAsked, entry: Entry) -> Response:
+    """An empty prompt: load the model, or (keep_alive 0) unload it as soon as the jobs that draw with it have ended."""
+    house = house_of(request)
+    is_unload = asked.keep_alive is not None and _keep_alive_s(asked) == 0
+    notes: Sequence[str] = ()
+    if is_unload:
+        check_right(caller_of(request), "manage")
+        await house.runtime.release(entry.card.name)
+    else:
         house.readiness.check()
-        await house.runtime.generate(ImageRequest(prompt="warm-up", model=entry.card.name, steps=1, seed=0))
+        await house.runtime.load(entry.card.name)
+        notes = await _keep(request, asked, entry, after_next_job=False)
     answer = {
         "model": asked.model,
         "created_at": _now(),
         "response": "",
         "done": True,
         "done_reason": "unload" if is_unload else "load",
+        "warnings": list(notes),
     }
     return JSONResponse(answer)
 
 
-async def _lines(request: Request, model: str, job: Job) -> AsyncIterator[bytes]:
+async def _lines(request: Request, model: str, job: Job, *, notes: Sequence[str]) -> AsyncIterator[bytes]:
     house = house_of(request)
     try:
         async with staying(request, job):
@@ -254,7 +295,7 @@ async def _lines(request: Request, model: str, job: Job) -> AsyncIterator[bytes]
                     told = event.status.step
                     yield _line(_progress(model, event))
             ended = await house.desk.wait(job.id)
-            yield await _last(house, model, succeeded(ended))
+            yield await _last(house, model, succeeded(ended), notes=notes)
     except SdfleetError as exc:
         yield _line({"error": str(exc)})
 
@@ -270,7 +311,7 @@ def _progress(model: str, event: JobEvent) -> dict[str, Any]:
     }
 
 
-async def _last(house: House, model: str, job: Job) -> bytes:
+async def _last(house: House, model: str, job: Job, *, notes: Sequence[str]) -> bytes:
     """The line with the picture, written in a worker thread."""
     if job.state != "done":
         raise failure(job)
@@ -285,8 +326,9 @@ async def _last(house: House, model: str, job: Job) -> bytes:
         "total_duration": round(total_s * NANOSECONDS),
         "load_duration": round(job.timings_s.get("load", 0.0) * NANOSECONDS),
         "seed": job.outputs[0].seed,
+        "safety": job.outputs[0].safety,
         "job_id": job.id,
-        "warnings": list(job.warnings),
+        "warnings": [*notes, *job.warnings],
     }
     return await asyncio.to_thread(lambda: _line({**facts, "image": base64.b64encode(content).decode()}))
 
@@ -302,9 +344,10 @@ async def _entry(house: House, name: str) -> Entry:
         raise NotFound(f"model {name[:80]!r} not found", hint=exc.hint) from exc
 
 
-def _described_all(house: House, folders: set[str] | None = None) -> list[dict[str, Any]]:
-    entries = house.catalog.entries()
-    return [_described(house.catalog, entry) for entry in entries if folders is None or str(entry.folder) in folders]
+def _described_all(house: House, folders: set[str] | None = None) -> dict[str, dict[str, Any]]:
+    """By folder, all models or those of some folders."""
+    found = {str(entry.folder): entry for entry in house.catalog.entries()}
+    return {f: _described(house.catalog, entry) for f, entry in found.items() if folders is None or f in folders}
 
 
 def _described(catalog: Catalog, entry: Entry) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sdfleet.api.access import caller_of, needs
-from sdfleet.api.answering import LargeResponse, house_of, submit, submit_and_wait
+from sdfleet.api.answering import LargeResponse, house_of, submit, submit_and_wait, withheld_of
 from sdfleet.api.asked import client_of
 from sdfleet.api.bodies import decoded, decoded_alpha_mask, decoded_mask, described, json_body
 from sdfleet.api.dialect import BadBody, error_response, field_of, printable
 from sdfleet.api.links import signed_link
+from sdfleet.api.lora_fields import uses_of
 from sdfleet.api.native import MEDIA_TYPES, picture_accepted, raw_picture
 from sdfleet.api.openai_forms import Files, read
 from sdfleet.api.openai_stream import EventStream, Kind, Telling, size_of, spliced, told, usage_of
@@ -40,7 +41,7 @@ from sdfleet.api.openai_wire import (
 from sdfleet.catalog.store import Entry
 from sdfleet.compose import House
 from sdfleet.domain import ImageRequest, Job, Picture, PictureFormat, Submission
-from sdfleet.errors import BrokenPicture, InvalidValue, NotAuthenticated, SdfleetError, UnknownName
+from sdfleet.errors import BrokenPicture, ContentWithheld, InvalidValue, NotAuthenticated, SdfleetError, UnknownName
 from sdfleet.storage import pictures
 
 # Where we say width and height, these clients said size.
@@ -66,10 +67,13 @@ class OpenAIDialect:
             param = param or kind or None
             # Only a model is looked for; any other name that is not known is a bad value.
             status, code = (404, "model_not_found") if kind == "model" else (400, "invalid_value")
+        kind_of_error = _type_of(status)
+        if isinstance(error, ContentWithheld):
+            code, kind_of_error = "moderation_blocked", "image_generation_user_error"
         if param is not None:
             param = param.removeprefix("body.").partition(".")[0]
             param = None if param == "body" else _PARAMETER_OF.get(param, param)
-        body = {"error": {"message": str(error), "type": _type_of(status), "param": param, "code": code}}
+        body = {"error": {"message": str(error), "type": kind_of_error, "param": param, "code": code}}
         headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, NotAuthenticated) else None
         return error_response(error, body, status=status, headers=headers)
 
@@ -250,6 +254,8 @@ def _submission(house: House, asked: Asked, given: _Given, format: PictureFormat
         reproducible=asked.reproducible,
         allow_degraded=asked.allow_degraded,
         step_cache=asked.step_cache,
+        loras=uses_of(asked.loras),
+        safety_checker=asked.safety_checker,
     )
     submission = Submission(
         request=picture,
@@ -313,6 +319,7 @@ async def _as_json(
                 revised_prompt=job.request.prompt,
                 seed=output.seed,
                 id=output.id,
+                safety=output.safety,
             )
             for output in job.outputs
         ],
@@ -324,6 +331,7 @@ async def _as_json(
         safety_identifier=asked.identifier or None,
         job_id=job.id,
         model=job.request.model,
+        withheld=withheld_of(job) or None,
         warnings=[*notes, *job.warnings],
     )
     body = await asyncio.to_thread(_spelled, answer, contents)

@@ -105,6 +105,7 @@ async def told(request: Request, job: Job, telling: Telling) -> AsyncGenerator[b
                     if progress is not None and progress.preview is not None and index is not None:
                         yield await _partial(job, telling, progress, progress.preview, index=index)
             done = succeeded(await desk.wait(job.id))
+            # A withheld picture has no event of its own, for want of one that the SDKs know: the others' warnings tell.
             for output in done.outputs:
                 yield await _completed(request, done, telling, output)
     except SdfleetError as exc:
@@ -185,6 +186,7 @@ async def _completed(request: Request, job: Job, telling: Telling, output: Outpu
         "usage": usage_of(telling.submission, [output], has_input=is_first).model_dump(),
         "image_index": output.index,
         "seed": output.seed,
+        "safety": output.safety,
         "revised_prompt": job.request.prompt,
         "warnings": [*telling.notes, *job.warnings],
     }

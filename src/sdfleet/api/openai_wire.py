@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdfleet.api.answering import WithheldAnswer
+from sdfleet.api.asked import SafetyCheckerField
+from sdfleet.api.lora_fields import LorasField
 from sdfleet.domain import MAX_SEED, MAX_SIDE_PX, SIDE_MULTIPLE_PX, Picture, PictureFormat
 from sdfleet.errors import InvalidValue
 
@@ -45,7 +48,7 @@ SYNONYMS = {
 # These would give another picture than the one we draw: taking them and drawing on would be a lie.
 _UNSUPPORTED = frozenset((
     "adetailer", "aspect_ratio", "clip_skip", "control_image", "controlnet", "enable_hr", "frame_count", "image_prompt",
-    "ip_adapter", "lora", "loras", "markup", "refiner", "subseed", "svg", "tiling",
+    "ip_adapter", "lora", "markup", "refiner", "subseed", "svg", "tiling",
 ))  # fmt: skip
 # No parameters of generations, where a picture that is sent is meant to be seen.
 _OF_EDITS = frozenset(("image", "images", "init_image", "init_images", "mask"))
@@ -97,6 +100,8 @@ class Asked(BaseModel):
     reproducible: bool = False
     allow_degraded: bool = False
     step_cache: Literal["off", "light", "strong"] = "off"
+    loras: LorasField = []
+    safety_checker: SafetyCheckerField = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     deadline_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] | None = None
 
@@ -234,17 +239,18 @@ class Usage(BaseModel):
 
 
 class Image(BaseModel):
-    """One finished picture: its bytes, or where they are. seed and id are ours."""
+    """One finished picture: its bytes, or where they are. seed, id and safety (the checker's verdict) are ours."""
 
     b64_json: str | None = None
     url: str | None = None
     revised_prompt: str
     seed: int
     id: str
+    safety: str
 
 
 class ImagesAnswer(BaseModel):
-    """What the three routes answer. job_id, model (the one that drew), warnings are ours."""
+    """What the three routes answer. job_id, model (the one that drew), withheld, warnings are ours."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -258,6 +264,7 @@ class ImagesAnswer(BaseModel):
     safety_identifier: str | None = None
     job_id: str
     model: str
+    withheld: list[WithheldAnswer] | None = None
     warnings: list[str]
 
 

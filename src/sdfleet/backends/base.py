@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -19,7 +19,8 @@ OnProgress = Callable[[Progress], None]
 class Capabilities:
     """What a backend can do and how it stands. `reason` says why it is not ready, and what to do.
 
-    facts: what the engine says of itself (device, dtype, resident checkpoints, bytes); empty until it has started.
+    facts: what the engine says of itself (device, dtype, `checkpoints` that are resident, `bytes_by_checkpoint`); empty
+        until it has started.
     is_real: False for a backend whose pictures are made up.
     """
 
@@ -55,6 +56,18 @@ class Backend(Protocol):
 
     async def cancel(self, job_id: JobId) -> None:
         """Let the job's `generate` raise JobCancelled soon (between two steps). Unknown ids are ignored."""
+
+    async def load(self, drawing: Drawing) -> None:
+        """Have the drawing's checkpoint on the device, planned for its size; nothing is drawn. Raises as `generate`."""
+
+    async def unload(self, checkpoint: str) -> None:
+        """Return when the checkpoint is off the device and its memory given back; one that is not there is no error.
+
+        Raises InUse while a job draws with it. When the last one leaves, a process of its own ends too.
+        """
+
+    async def pin(self, checkpoints: Collection[str]) -> None:
+        """These, and no others, never leave to make room; also after the engine was started again."""
 
     async def close(self) -> None:
         """End what runs; jobs that are not done fail with EngineDied. May be called twice."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import replace
 
 from sdfleet.backends.base import Capabilities, OnProgress
-from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Picture, Progress, TokenCount
-from sdfleet.errors import BadRequest, EngineDied, JobCancelled, SdfleetError
+from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Picture, Progress, SafetyVerdict, TokenCount
+from sdfleet.errors import BadRequest, EngineDied, JobCancelled, SdfleetError, in_use
 
 _PREVIEW_SIDE_PX = 32
 
@@ -22,6 +24,8 @@ class FakeBackend:
     script: what happens to the first, second, ... job: None draws it, an error is raised half-way through its steps.
     Jobs past the end of the script are drawn.
     before_step: awaited before every step with the drawing and the step (from 1); a test can hold a job there.
+    step_s: seconds of a step, where there is no before_step.
+    verdict: what a safety checker says of picture i of a drawing; None: there is no checker.
     """
 
     def __init__(
@@ -30,13 +34,20 @@ class FakeBackend:
         name: str = "fake",
         script: Sequence[SdfleetError | None] = (),
         before_step: Callable[[Drawing, int], Awaitable[None]] | None = None,
+        step_s: float = 0.0,
+        verdict: Callable[[Drawing, int], SafetyVerdict] | None = None,
     ) -> None:
         self._name = name
         self._script = list(script)
         self._before_step = before_step
+        self._step_s = step_s
+        self._verdict = verdict
         self._jobs: dict[JobId, asyncio.Future[SdfleetError]] = {}
         self._with_previews: set[JobId] = set()
         self._is_closed = False
+        self._in_use: Counter[str] = Counter()
+        self._loaded: dict[str, None] = {}
+        self._pinned: tuple[str, ...] = ()
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -46,7 +57,13 @@ class FakeBackend:
             has_previews=True,
             is_real=False,
             n_running=len(self._jobs),
-            facts={"device": "none", "dtype": "none"},
+            facts={
+                "device": "none",
+                "dtype": "none",
+                "checkpoints": list(self._loaded),
+                "bytes_by_checkpoint": dict.fromkeys(self._loaded, 0),
+                "pinned": list(self._pinned),
+            },
         )
 
     async def start(self) -> None:
@@ -58,15 +75,20 @@ class FakeBackend:
             raise EngineDied("the fake backend is closed")
         if drawing.job_id in self._jobs:
             raise BadRequest(f"job {drawing.job_id} is being drawn already")
-        fault = self._script.pop(0) if self._script else None
+        begun_s = asyncio.get_running_loop().time()
+        fault = self._script.pop(0) if self._script and drawing.n_images else None
         stop = self._jobs[drawing.job_id] = asyncio.get_running_loop().create_future()
         if drawing.wants_previews:
             self._with_previews.add(drawing.job_id)
+        self._loaded[drawing.checkpoint] = None
+        self._in_use[drawing.checkpoint] += 1
         try:
             images = [await self._draw(drawing, i, fault, stop, on_progress) for i in range(drawing.n_images)]
         finally:
+            self._in_use[drawing.checkpoint] -= 1
             del self._jobs[drawing.job_id]
             self._with_previews.discard(drawing.job_id)
+        spent_s = asyncio.get_running_loop().time() - begun_s
         return ImageResult(
             job_id=drawing.job_id,
             model=drawing.checkpoint,
@@ -74,7 +96,7 @@ class FakeBackend:
             drawing=drawing,
             warnings=("this picture was made up by the fake backend",),
             tokens=(TokenCount(encoder="fake", n_tokens=len(drawing.prompt.split()), window=77, n_chunks=1),),
-            timings_s={"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0, "total": 0.0},
+            timings_s={"load": 0.0, "encode": 0.0, "denoise": spent_s, "decode": 0.0, "total": spent_s},
             device="none",
             dtype="none",
         )
@@ -87,6 +109,18 @@ class FakeBackend:
 
     async def cancel(self, job_id: JobId) -> None:
         self._stop(job_id, JobCancelled(f"job {job_id} was cancelled"))
+
+    async def load(self, drawing: Drawing) -> None:
+        await self.generate(replace(drawing, n_images=0))
+
+    async def unload(self, checkpoint: str) -> None:
+        n_jobs = self._in_use[checkpoint]
+        if n_jobs:
+            raise in_use(checkpoint, n_jobs)
+        self._loaded.pop(checkpoint, None)
+
+    async def pin(self, checkpoints: Collection[str]) -> None:
+        self._pinned = tuple(checkpoints)
 
     async def close(self) -> None:
         self._is_closed = True
@@ -118,12 +152,13 @@ class FakeBackend:
             picture=_stripes(drawing, image_index, width_px=width_px, height_px=height_px),
             seed=drawing.seed + image_index,
             reproducible=True,
+            safety="none" if self._verdict is None else self._verdict(drawing, image_index),
         )
 
     async def _wait_for_step(self, drawing: Drawing, step: int, stop: asyncio.Future[SdfleetError]) -> None:
         """Let others run, and `before_step` take its time; raises what `stop` was given."""
         if self._before_step is None:
-            await asyncio.sleep(0)
+            await (asyncio.wait({stop}, timeout=self._step_s) if self._step_s else asyncio.sleep(0))
         else:
             hold: asyncio.Future[None] = asyncio.ensure_future(self._before_step(drawing, step))
             either: set[asyncio.Future[None] | asyncio.Future[SdfleetError]] = {hold, stop}

@@ -9,23 +9,23 @@ where it has jobs and is silent for longer than is believable (`watchdog.py`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import assert_never
 
 from sdfleet.backends.base import BackendState, Capabilities, OnProgress
+from sdfleet.backends.engine_job import Again, EngineJob
 from sdfleet.backends.process import EngineProcess
 from sdfleet.backends.watchdog import Patience, Watchdog
-from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Progress
+from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.engine import wire
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
-from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError
+from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError, in_use
 
 log = logging.getLogger(__name__)
-
-DRAWN_AGAIN = "the engine process ended and the job was drawn again"
 
 MAX_DEATHS = 2
 # Importing torch and diffusers takes 6 s on an idle laptop, and a minute on a busy one with a cold disk.
@@ -37,26 +37,7 @@ FAULT_DEADLINE_S = 10.0
 # From SIGTERM to SIGKILL.
 TERMINATE_DEADLINE_S = 2.0
 PATIENCE = Patience()
-
-
-class _Again:
-    """The job starts anew; what was received of it is void."""
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One `generate` that has not ended. `inbox` is read by the caller's own task. is_begun: it has shown progress."""
-
-    drawing: Drawing
-    inbox: asyncio.Queue[Event | _Again] = field(default_factory=asyncio.Queue)
-    is_sent: bool = False
-    is_begun: bool = False
-    is_cancelled: bool = False
-    n_deaths: int = 0
-
-    @property
-    def id(self) -> JobId:
-        return self.drawing.job_id
+_numbers = itertools.count(1)
 
 
 class LocalBackend:
@@ -92,9 +73,11 @@ class LocalBackend:
         self._patience = patience
         self._start_deadline_s = start_deadline_s
         self._close_deadline_s = close_deadline_s
-        self._jobs: dict[JobId, _Job] = {}  # in order of arrival
-        self._leaving: dict[JobId, _Job] = {}  # cancelled by a caller who left; the process has not answered yet
+        self._jobs: dict[JobId, EngineJob] = {}  # in order of arrival
+        self._leaving: dict[JobId, EngineJob] = {}  # cancelled by a caller who left; the process has not answered yet
         self._starters: set[asyncio.Future[None]] = set()
+        self._asked: dict[JobId, asyncio.Future[None]] = {}  # by the ids of Unload
+        self._pinned: tuple[str, ...] = ()
         self._process: EngineProcess | None = None
         self._watchdog: Watchdog | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -107,7 +90,7 @@ class LocalBackend:
     @property
     def pid(self) -> int | None:
         """The engine process's id while one runs."""
-        return None if self._process is None else self._process.pid
+        return None if self._process is None or self._process.is_retired else self._process.pid
 
     def capabilities(self) -> Capabilities:
         n_running = sum(job.is_sent for job in self._jobs.values())
@@ -138,12 +121,12 @@ class LocalBackend:
         if drawing.job_id in self._jobs:
             raise BadRequest(f"job {drawing.job_id} is being drawn already")
         wants_previews = drawing.wants_previews and on_progress is not None
-        job = _Job(replace(drawing, wants_previews=wants_previews))
+        job = EngineJob(replace(drawing, wants_previews=wants_previews))
         self._jobs[job.id] = job
         try:
             self._want_process()
             self._admit()
-            return await _collect(job, drawing, on_progress)
+            return await job.collect(drawing, on_progress)
         finally:
             self._forget(job)
 
@@ -166,6 +149,32 @@ class LocalBackend:
         else:
             self._end(job, JobCancelled(f"job {job_id} was cancelled before it was drawn"))
             self._admit()
+
+    async def load(self, drawing: Drawing) -> None:
+        await self.generate(replace(drawing, n_images=0))
+
+    async def unload(self, checkpoint: str) -> None:
+        n_jobs = sum(job.drawing.checkpoint == checkpoint for job in self._jobs.values())
+        if n_jobs:
+            raise in_use(checkpoint, n_jobs)
+        process = self._process
+        if process is None or not process.is_ready:
+            return  # an engine that stands not yet, or not any more, holds nothing
+        asked = JobId(f"unload-{next(_numbers)}")
+        answered = self._asked[asked] = asyncio.get_running_loop().create_future()
+        try:
+            process.send(wire.Unload(job_id=asked, checkpoint=checkpoint))
+            await answered
+        finally:
+            self._asked.pop(asked, None)
+        is_empty = not (self._jobs or self._leaving or self._asked or self._starters or self._facts.get("checkpoints"))
+        if is_empty and process is self._process and process.is_ready:
+            await self._retire(process)
+
+    async def pin(self, checkpoints: Collection[str]) -> None:
+        self._pinned = tuple(checkpoints)
+        if self._process is not None and self._process.is_ready:
+            self._send(wire.Pin(checkpoints=self._pinned))
 
     async def close(self) -> None:
         self._is_closed = True
@@ -191,9 +200,23 @@ class LocalBackend:
 
     # ------------------------------------------------------------------------------------------ jobs and the process
 
+    async def _retire(self, process: EngineProcess) -> None:
+        """End a process that holds nothing any more: what torch and a card's driver keep for it is given back too."""
+        process.is_ready, process.is_retired = False, True
+        self._facts = {}
+        log.info("engine process has nothing loaded and ends", extra={"backend": self._name, "pid": process.pid})
+        process.say_close()
+        late = asyncio.get_running_loop().call_later(self._close_deadline_s, process.kill)
+        try:
+            await process.wait_gone()
+        finally:
+            late.cancel()
+
     def _state(self) -> BackendState:
         if self._is_closed:
             return "closed"
+        if self._process is not None and self._process.is_retired:
+            return "starting" if self._jobs else "idle"
         if self._process is not None:
             return "ready" if self._process.is_ready else "starting"
         return "unavailable" if self._why_not else "idle"
@@ -229,7 +252,7 @@ class LocalBackend:
         if self._process is not None:
             self._process.send(command)
 
-    def _end(self, job: _Job, error: SdfleetError) -> None:
+    def _end(self, job: EngineJob, error: SdfleetError) -> None:
         """Let the job's `generate` raise; no more is expected of it from the process."""
         self._jobs.pop(job.id, None)
         job.inbox.put_nowait(JobFailed(job_id=job.id, error=error))
@@ -241,7 +264,7 @@ class LocalBackend:
             if not started.done():
                 started.set_exception(error)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: EngineJob) -> None:
         """The caller's task is over; if the job is not, its caller left and the engine is told to stop."""
         if self._jobs.get(job.id) is not job:
             return
@@ -301,7 +324,10 @@ class LocalBackend:
             self._process = None
             self._watchdog = None
             self._leaving.clear()
-        if not self._is_closed:
+            for answered in self._asked.values():
+                if not answered.done():
+                    answered.set_result(None)  # what it held has gone with it
+        if not (self._is_closed or process.is_retired):
             self._bury(process, is_late=is_late)
 
     async def _converse(self, process: EngineProcess) -> None:
@@ -338,6 +364,8 @@ class LocalBackend:
         for started in self._starters:
             if not started.done():
                 started.set_result(None)
+        if self._pinned:
+            process.send(wire.Pin(checkpoints=self._pinned))
         self._admit()
         self._on_facts()
 
@@ -353,6 +381,11 @@ class LocalBackend:
 
     def _hand_on(self, event: Event) -> None:
         has_ended = isinstance(event, JobDone | JobFailed)
+        answered = self._asked.get(event.job_id)
+        if answered is not None:
+            if not answered.done():
+                answered.set_exception(event.error) if isinstance(event, JobFailed) else answered.set_result(None)
+            return
         leaving = self._leaving.get(event.job_id)
         if leaving is not None:
             leaving.is_begun = True
@@ -387,7 +420,7 @@ class LocalBackend:
                 text = f"the engine's process {ending} while it drew this job, {job.n_deaths} times"
                 self._end(job, EngineDied(text, hint=process.advice()))
             else:
-                job.inbox.put_nowait(_Again())
+                job.inbox.put_nowait(Again())
 
     def _bury_unborn(self, process: EngineProcess, ending: str, *, is_late: bool) -> None:
         """A start that failed is tried once more, unless the process said why or used up the time."""
@@ -418,40 +451,3 @@ def _as_job_failed(exc: wire.BrokenMessage, process: EngineProcess) -> JobFailed
         raise wire.BrokenStream(str(exc)) from exc
     process.send(wire.Cancel(job_id=exc.job_id))
     return JobFailed(job_id=exc.job_id, error=EngineFailed(f"the engine's answer made no sense: {exc}"))
-
-
-async def _collect(job: _Job, drawing: Drawing, on_progress: OnProgress | None) -> ImageResult:
-    """Await the end of one job and put its pictures together."""
-    pictures: dict[int, FinishedPicture] = {}
-    warnings: tuple[str, ...] = ()
-    while True:
-        match await job.inbox.get():
-            case Progress() as progress:
-                if on_progress is not None:
-                    on_progress(progress)
-            case PictureDone(image_index=image_index, finished=finished):
-                pictures[image_index] = finished
-            case JobFailed(error=error):
-                raise error
-            case JobDone() as done:
-                return _as_result(drawing, pictures, replace(done, warnings=(*done.warnings, *warnings)))
-            case _Again():
-                pictures.clear()
-                warnings = (DRAWN_AGAIN,)
-
-
-def _as_result(drawing: Drawing, pictures: Mapping[int, FinishedPicture], done: JobDone) -> ImageResult:
-    if sorted(pictures) != list(range(drawing.n_images)):
-        raise EngineFailed(f"the engine sent pictures {sorted(pictures)} of {drawing.n_images} and called it done")
-    return ImageResult(
-        job_id=drawing.job_id,
-        model=drawing.checkpoint,
-        images=tuple(pictures[i] for i in range(drawing.n_images)),
-        drawing=drawing,
-        warnings=done.warnings,
-        tokens=done.tokens,
-        timings_s=done.timings_s,
-        device=done.device,
-        dtype=done.dtype,
-        rungs=done.rungs,
-    )

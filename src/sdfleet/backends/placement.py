@@ -22,8 +22,10 @@ from typing import Literal
 
 Side = Literal["wide", "small"]
 
-# Several engines take several times the memory and are in each other's way now and then: below this they stay unused.
-_MUST_GAIN = 1.15
+# Several engines take several times the memory, and are never loaded quite evenly, which the slowest requests pay for:
+# with a gain of 1.19, sixteen clients had a p95 of 0.43 of a plain server's, where one engine had 0.34 to 0.36 with as
+# many pictures a second (2026-11-21, benchmarks/LOG.md). Below this they stay unused.
+_MUST_GAIN = 1.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

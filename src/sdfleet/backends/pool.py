@@ -7,7 +7,7 @@ checkpoint at a size is measured here, on this machine, in a pause (`engine_tria
 Who draws what:
 
     1. the first job starts the wide engine, and until a trial has said otherwise everything is drawn there
-    2. a kind of drawing (checkpoint, size) that the small engines draw at least 1.15 times as fast is spread over them;
+    2. a kind of drawing (checkpoint, size) that the small engines draw at least 1.3 times as fast is spread over them;
        each picture goes where it is predicted to be finished first, so a job may be drawn by several engines
     3. a job that has the machine to itself is drawn where it is finished first: one picture mostly by the wide engine
     4. reproducible jobs are drawn whole by the wide engine: other threads may round in another way
@@ -21,21 +21,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
 import psutil
 
-from sdfleet.backends.base import Backend, Capabilities, OnProgress
+from sdfleet.backends.base import Capabilities, OnProgress
 from sdfleet.backends.engine_trial import TrialNotes, timed_trial, warm_up
 from sdfleet.backends.local import LocalBackend
+from sdfleet.backends.parts import CutJob, Part, merged
 from sdfleet.backends.placement import Load, Trial, lone_job, shares
-from sdfleet.backends.small_engines import MakeEngine, SmallEngines, is_ready
+from sdfleet.backends.small_engines import MakeEngine, SmallEngines, has_settled, is_ready
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.engine.events import EngineOptions
-from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError
+from sdfleet.errors import BadRequest, EngineDied, EngineFailed, JobCancelled, SdfleetError, in_use
 
 log = logging.getLogger(__name__)
 
@@ -45,40 +46,22 @@ _SETTLE_DEADLINE_S = 120.0
 PAUSE_S = 1.0
 # A step of one picture that takes longer keeps all cores busy by itself, and a trial would take minutes.
 _LONGEST_STEP_S = 0.5
-_SEEDS = 2**64
 
 _Kind = tuple[str, int, int]
 
 
-@dataclass(slots=True, eq=False)
-class _Part:
-    """Pictures `first` to `first + n - 1` of a job, in the hands of one engine. `left`: steps, by picture.
-
-    The parts of a job have its id, each in an engine of its own; one that had to move has an id of its own.
-    """
-
-    engine: LocalBackend
-    drawing: Drawing
-    first: int
-    left: list[int]
-    eta_s: float | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    drawing: Drawing
-    is_cancelled: bool = False
-    parts: list[_Part] = field(default_factory=list)
-
-
 @dataclass(slots=True)
 class _Seen:
-    """What is known of a kind of drawing. `step_s`: shortest step of one picture. `tried_with`: executors."""
+    """What is known of a kind of drawing. `step_s`: shortest step of one picture. `tried_with`: executors.
+
+    stays_cold: the small engines could not draw it when they were to get warm.
+    """
 
     like: Drawing
     step_s: float
     trial: Trial | None
     tried_with: set[tuple[str, ...]] = field(default_factory=set)
+    stays_cold: bool = False
 
 
 class EnginePool:
@@ -108,7 +91,7 @@ class EnginePool:
             wide_facts=lambda: self._wide.capabilities().facts,
         )  # fmt: skip
         self._notes = TrialNotes(notes_folder)
-        self._jobs: dict[JobId, _Job] = {}
+        self._jobs: dict[JobId, CutJob] = {}
         self._seen: dict[_Kind, _Seen] = {}
         self._heard = asyncio.Event()
         self._pause: asyncio.TimerHandle | None = None
@@ -147,10 +130,13 @@ class EnginePool:
         is_lone = not self._jobs
         # Progress is always wanted here, to know who has how much left; previews only if somebody looks.
         looks = drawing.wants_previews and on_progress is not None
-        job = self._jobs[drawing.job_id] = _Job(replace(drawing, wants_previews=looks))
+        job = self._jobs[drawing.job_id] = CutJob(replace(drawing, wants_previews=looks))
         try:
             self._place(job, is_lone=is_lone)
-            return _merged(drawing, await self._draw(job, on_progress), is_lone=is_lone, note=self._note)
+            results = await self._draw(job, on_progress)
+            if is_lone and len(results) == 1:
+                self._note(drawing, results[0])
+            return merged(drawing, results)
         finally:
             del self._jobs[drawing.job_id]
             self._consider()
@@ -170,6 +156,26 @@ class EnginePool:
             for part in job.parts:
                 await part.engine.cancel(part.drawing.job_id)
 
+    async def load(self, drawing: Drawing) -> None:
+        self._stop_trying()
+        await self._wide.load(drawing)
+
+    async def unload(self, checkpoint: str) -> None:
+        n_jobs = sum(job.drawing.checkpoint == checkpoint for job in self._jobs.values())
+        if n_jobs:
+            raise in_use(checkpoint, n_jobs)
+        # What has left is not tried in a pause, which would bring it back; nor in the one that begins when the trial
+        # of now has been stopped.
+        self._seen = {kind: seen for kind, seen in self._seen.items() if kind[0] != checkpoint}
+        self._stop_trying()
+        if self._trying is not None:
+            await asyncio.wait({self._trying})
+        await asyncio.gather(*(engine.unload(checkpoint) for engine in self._engines))
+
+    async def pin(self, checkpoints: Collection[str]) -> None:
+        for engine in self._engines:
+            await engine.pin(checkpoints)
+
     async def close(self) -> None:
         self._is_closed = True
         self._stop_trying()
@@ -188,7 +194,7 @@ class EnginePool:
     def _engines(self) -> tuple[LocalBackend, ...]:
         return (self._wide, *self._small)
 
-    def _place(self, job: _Job, *, is_lone: bool) -> None:
+    def _place(self, job: CutJob, *, is_lone: bool) -> None:
         """Cut the job into parts, see the top of this file."""
         drawing = job.drawing
         seen = self._seen_of(drawing)
@@ -202,10 +208,10 @@ class EnginePool:
         first = 0
         for engine, n in zip(self._small, given, strict=False):
             if n:
-                job.parts.append(_part(engine, drawing, first=first, n=n))
+                job.cut(engine, first=first, n=n)
                 first += n
         if not job.parts:
-            job.parts.append(_part(self._wide, drawing, first=0, n=drawing.n_images))
+            job.cut(self._wide, first=0, n=drawing.n_images)
 
     def _may_spread(self, drawing: Drawing, seen: _Seen) -> bool:
         if not self._small or drawing.reproducible:
@@ -213,11 +219,12 @@ class EnginePool:
         if not (self._is_forced or (seen.trial is not None and seen.trial.is_spread)):
             return False
         if self._small.are_ready:
-            return True
+            # As asked, even if a first job then waits for its checkpoint; chosen here, only where nobody waits.
+            return self._is_forced or self._small.are_warm(drawing.checkpoint)
         self._small.want()  # not for this job, which would have to wait for them
         return False
 
-    def _wide_is_taken(self, *, but: _Job) -> bool:
+    def _wide_is_taken(self, *, but: CutJob) -> bool:
         """Whether the wide engine draws something that only it may draw."""
         others = [job for job in self._jobs.values() if job is not but and job.parts[0].engine is self._wide]
         return any(not self._may_spread(job.drawing, self._seen_of(job.drawing)) for job in others)
@@ -247,7 +254,7 @@ class EnginePool:
 
     # ---------------------------------------------------------------------------------------------------- one job
 
-    async def _draw(self, job: _Job, on_progress: OnProgress | None) -> list[ImageResult]:
+    async def _draw(self, job: CutJob, on_progress: OnProgress | None) -> list[ImageResult]:
         """The results of all parts, in the order of the pictures; the first failure ends the others."""
         if len(job.parts) == 1:
             return [await self._draw_part(job, job.parts[0], on_progress)]
@@ -263,7 +270,7 @@ class EnginePool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _draw_part(self, job: _Job, part: _Part, on_progress: OnProgress | None) -> ImageResult:
+    async def _draw_part(self, job: CutJob, part: Part, on_progress: OnProgress | None) -> ImageResult:
         def forward(progress: Progress) -> None:
             part.left[progress.image_index] = progress.n_steps - progress.step
             part.eta_s = progress.eta_s
@@ -310,7 +317,7 @@ class EnginePool:
             self._pause = None
         if self._jobs or self._is_closed or _runs(self._trying):
             return
-        if self._wants_small_soon() or self._to_try() is not None:
+        if self._wants_small_soon() or self._to_warm() is not None or self._to_try() is not None:
             self._pause = asyncio.get_running_loop().call_later(self._pause_s, self._use_pause)
 
     def _wants_small_soon(self) -> bool:
@@ -323,8 +330,32 @@ class EnginePool:
         self._pause = None
         if self._wants_small_soon():
             self._small.want()
-        elif (seen := self._to_try()) is not None and not _runs(self._trying):
+        elif _runs(self._trying):
+            return
+        elif (cold := self._to_warm()) is not None:
+            self._trying = asyncio.create_task(self._warm(cold), name="small engines get warm")
+        elif (seen := self._to_try()) is not None:
             self._trying = asyncio.create_task(self._try(seen), name="trial of engines")
+
+    def _to_warm(self) -> _Seen | None:
+        """A kind of drawing that is the small engines' and that one of them has never drawn."""
+        if not self._small or not self._small.are_ready:
+            return None
+        for seen in self._seen.values():
+            is_theirs = self._is_forced or (seen.trial is not None and seen.trial.is_spread)
+            if is_theirs and not seen.stays_cold and not self._small.hold(seen.like.checkpoint):
+                return seen
+        return None
+
+    async def _warm(self, seen: _Seen) -> None:
+        try:
+            await warm_up(self._small, seen.like)
+        except* SdfleetError as group:
+            log.warning("small engines could not draw", extra={"why": str(group.exceptions[0])})
+            seen.stays_cold = True
+        finally:
+            self._trying = None
+            self._consider()
 
     def _to_try(self) -> _Seen | None:
         if self._is_forced or not self._small or not is_ready(self._wide) or self._small.refusal():
@@ -340,10 +371,10 @@ class EnginePool:
         """What runs the denoiser in each engine, and whether none is about to change it."""
         names, is_settled = [], True
         for engine in self._engines:
-            facts = cast("Mapping[str, Mapping[str, object]]", engine.capabilities().facts.get("executors", {}))
-            about = facts.get(checkpoint, {})
+            facts = engine.capabilities().facts
+            about = cast("Mapping[str, Mapping[str, object]]", facts.get("executors", {})).get(checkpoint, {})
             names.append(str(about.get("executor", "torch")))
-            is_settled = is_settled and bool(about.get("is_settled", True))
+            is_settled = is_settled and bool(about.get("is_settled", True)) and not facts.get("is_rehearsing")
         return tuple(names), is_settled
 
     async def _all_settled(self, checkpoint: str) -> None:
@@ -353,7 +384,7 @@ class EnginePool:
         """
         try:
             async with asyncio.timeout(_SETTLE_DEADLINE_S):
-                while not all(_has_settled(engine, checkpoint) for engine in self._engines):
+                while not all(has_settled(engine, checkpoint) for engine in self._engines):
                     self._heard.clear()
                     await self._heard.wait()
         except TimeoutError:
@@ -388,12 +419,14 @@ class EnginePool:
 
     def _facts(self, wide: Mapping[str, object]) -> dict[str, object]:
         """What the wide engine says, and what all of them hold."""
-        facts = dict(wide)
         told = [each for each in (engine.capabilities().facts for engine in self._small) if each]
+        facts = dict(wide or (told[0] if told else {}))
         if told and "checkpoints" in facts:
             every = [name for each in (wide, *told) for name in cast("Sequence[str]", each.get("checkpoints", ()))]
-            facts["checkpoints"] = list(dict.fromkeys(every))
+            facts["checkpoints"] = names = list(dict.fromkeys(every))
             facts["resident_bytes"] = sum(cast("int", each.get("resident_bytes", 0)) for each in (wide, *told))
+            held = [cast("Mapping[str, int]", each.get("bytes_by_checkpoint", {})) for each in (wide, *told)]
+            facts["bytes_by_checkpoint"] = {name: sum(each.get(name, 0) for each in held) for name in names}
         if self._small and wide:
             facts["engines"] = [
                 {"pid": engine.pid, "state": engine.capabilities().state, "n_running": engine.capabilities().n_running}
@@ -410,14 +443,6 @@ class EnginePool:
                 yield kind, {"gain": round(trial.gain, 2), "is_spread": trial.is_spread, "seconds": times}
 
 
-def _has_settled(engine: Backend, checkpoint: str) -> bool:
-    """Whether an engine says that what runs this checkpoint's denoiser stays. What it says comes after its picture."""
-    facts = engine.capabilities().facts
-    is_told = checkpoint in cast("Sequence[str]", facts.get("checkpoints", [checkpoint]))
-    executors = cast("Mapping[str, Mapping[str, object]]", facts.get("executors", {}))
-    return is_told and bool(executors.get(checkpoint, {}).get("is_settled", True))
-
-
 _TIMES = ("wide_one", "wide_many", "small_one", "small_many")
 
 
@@ -431,34 +456,3 @@ def _kind(drawing: Drawing) -> _Kind:
 
 def _work_s(trial: Trial | None, steps_left: Sequence[int]) -> float:
     return float(sum(steps_left)) if trial is None else trial.work_s(steps_left)
-
-
-def _part(engine: LocalBackend, drawing: Drawing, *, first: int, n: int) -> _Part:
-    own = drawing
-    if n != drawing.n_images:
-        own = replace(drawing, seed=(drawing.seed + first) % _SEEDS, n_images=n)
-    return _Part(engine, own, first, [drawing.steps] * n)
-
-
-def _merged(
-    drawing: Drawing,
-    results: Sequence[ImageResult],
-    *,
-    is_lone: bool,
-    note: Callable[[Drawing, ImageResult], None],
-) -> ImageResult:
-    """One result from those of the parts: pictures in order, times of the part that took longest."""
-    if len(results) == 1:
-        if is_lone:
-            note(drawing, results[0])
-        return replace(results[0], job_id=drawing.job_id, drawing=drawing)
-    phases = dict.fromkeys(name for result in results for name in result.timings_s)
-    return replace(
-        results[0],
-        job_id=drawing.job_id,
-        drawing=drawing,
-        images=tuple(image for result in results for image in result.images),
-        warnings=tuple(dict.fromkeys(text for result in results for text in result.warnings)),
-        timings_s={name: max(result.timings_s.get(name, 0.0) for result in results) for name in phases},
-        rungs=tuple(dict.fromkeys(rung for result in results for rung in result.rungs)),
-    )

@@ -33,7 +33,7 @@ class EngineProcess:
     """A running child that speaks `engine/wire.py`, made by `start`.
 
     why, fault: set by the owner when the talk went wrong, for `ending`. is_ready: the child said Ready.
-    last_lines: the newest lines of its stderr.
+    is_retired: it was told to end, as it holds nothing. last_lines: the newest lines of its stderr.
     """
 
     def __init__(self, transport: asyncio.SubprocessTransport, pipes: _Pipes) -> None:
@@ -45,6 +45,7 @@ class EngineProcess:
         self._stderr = cast("asyncio.StreamReader", pipes.stderr)
         self.pid = transport.get_pid()
         self.is_ready = False
+        self.is_retired = False
         self.why = ""
         self.fault: SdfleetError | None = None
         self.last_lines: deque[str] = deque(maxlen=N_KEPT_LINES)
@@ -98,6 +99,10 @@ class EngineProcess:
             rest = rest[-MAX_LINE_CHARS:]
             self._keep(lines)
         self._keep([rest])
+
+    async def wait_gone(self) -> None:
+        """Return when the process has ended."""
+        await self._exited.wait()
 
     def terminate(self) -> None:
         """Ask the process to end."""

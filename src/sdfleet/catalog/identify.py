@@ -6,11 +6,11 @@ All faults of a folder are found in one pass and reported together, each with it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from sdfleet.catalog.cards import Family, Ignored
 from sdfleet.catalog.headers import Header, read_header, read_json
@@ -51,12 +51,17 @@ NEEDED: Mapping[Family, tuple[str, ...]] = {
 }
 # What transformers needs to read T5's spiece.model where there is no tokenizer.json, and the name to import it by.
 TO_READ_PIECES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+# What to do about files that are missing or damaged, where nobody knows where they came from.
+GET_AGAIN = "get these files from where the checkpoint came from"
 # What an SDXL refiner does without.
 NOT_OF_A_REFINER = ("text_encoder", "tokenizer")
 # Read when they are here, never missed: T5 may be left out of SD3.
 OPTIONAL: Mapping[Family, tuple[str, ...]] = {
     "sd": (), "sdxl": (), "sd3": ("text_encoder_3", "tokenizer_3"), "flux": (), "flux2": (), "zimage": ()
 }  # fmt: skip
+# What looks at the finished pictures, and how they are prepared for it. Never missed: many a folder is without.
+CHECKED_BY: Mapping[Family, tuple[str, ...]] = {"sd": ("safety_checker", "feature_extractor")}
+CHECKER_CLASS = "StableDiffusionSafetyChecker"
 # Where a checkpoint's own sampler is one we would not choose (PNDM needs a warm-up and 50 steps).
 DEFAULT_SAMPLER: Mapping[Family, str] = {
     "sd": "dpm++_2m", "sdxl": "euler", "sd3": "euler", "flux": "euler",
@@ -145,6 +150,7 @@ class Identified:
     guidance: float
     sampler: str
     t5: Literal["here", "left_out", "never_had"]
+    safety_checker: Literal["here", "left_out", "never_had"] = "never_had"
     ignores: tuple[Ignored, ...] = ()
     strength: float | None = None
 
@@ -159,9 +165,10 @@ class Identified:
         return sum(component.n_bytes for component in self.components)
 
 
-def identify(path: Path) -> Identified:
+def identify(path: Path, *, known: Sequence[str] = (), cure: str = GET_AGAIN) -> Identified:
     """What the diffusers folder at `path` is.
 
+    known: faults that somebody has found already, told with the others. cure: of missing and damaged files.
     Raises CheckpointNotFound, PickleRefused, UnsupportedByModel (a class or layout not served),
     BrokenCheckpoint (every fault of the folder in one message).
     """
@@ -170,6 +177,7 @@ def identify(path: Path) -> Identified:
     family = _family(index)
     faults: list[str] = []
     components: dict[str, Component] = {}
+    pickles: list[PickleRefused] = []
     needed = tuple(name for name in NEEDED[family] if not (_is_refiner(index) and name in NOT_OF_A_REFINER))
     for name in needed + OPTIONAL[family]:
         is_needed = name in needed
@@ -178,15 +186,24 @@ def identify(path: Path) -> Identified:
             if is_needed:
                 faults.append(f"model_index.json names no {name}: it is not a whole {family} checkpoint")
         elif is_needed or (path / name).is_dir():
-            component = _component(path, name=name, class_name=class_name, faults=faults)
+            try:
+                component = _component(path, name=name, class_name=class_name, faults=faults)
+            except PickleRefused as exc:
+                pickles.append(exc)
+                continue
             if component is not None:
                 components[name] = component
+    checker = _checker(path, index, family=family, faults=faults)
+    if checker is not None:
+        components["safety_checker"] = checker
+    # What was known and is found here too is told once, as it was found here.
+    faults += [fault for fault in known if not any(fault.split(" ", 1)[0] in found for found in faults)]
+    if pickles and not faults:
+        raise pickles[0]
+    faults += [f"{exc.message} ({exc.hint})" for exc in pickles]
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise BrokenCheckpoint(
-            f"the checkpoint at {path} has {count}: {'; '.join(faults)}",
-            hint="get these files from where the checkpoint came from",
-        )
+        raise BrokenCheckpoint(f"the checkpoint at {path} has {count}: {'; '.join(faults)}", hint=cure)
     side_px = _native_side_px(components, family=family)
     advice = _advice(index, components, family=family)
     return Identified(
@@ -200,6 +217,7 @@ def identify(path: Path) -> Identified:
         guidance=advice.guidance,
         sampler=_sampler(components["scheduler"], family=family),
         t5=_t5(family, components),
+        safety_checker=_has_checker(family, index, components),
         ignores=advice.ignores,
         strength=advice.strength,
     )
@@ -294,6 +312,27 @@ def _component(path: Path, *, name: str, class_name: str, faults: list[str]) -> 
     )
 
 
+def _checker(path: Path, index: Mapping[str, object], *, family: Family, faults: list[str]) -> Component | None:
+    """The safety checker; None where there is none, or a pickle alone, which does no harm unread."""
+    class_name = _class_name(index.get("safety_checker"))
+    folder = path / "safety_checker"
+    if family not in CHECKED_BY or class_name is None or not any(folder.glob("*.safetensors")):
+        return None
+    if class_name != CHECKER_CLASS:
+        faults.append(f"safety_checker/ is a {class_name}, which is not known here (known is {CHECKER_CLASS})")
+        return None
+    return _component(path, name="safety_checker", class_name=class_name, faults=faults)
+
+
+def _has_checker(
+    family: Family, index: Mapping[str, object], components: Mapping[str, Component]
+) -> Literal["here", "left_out", "never_had"]:
+    if "safety_checker" in components:
+        return "here"
+    is_named = family in CHECKED_BY and _class_name(index.get("safety_checker")) is not None
+    return "left_out" if is_named else "never_had"
+
+
 def _config(file: Path, faults: list[str]) -> Mapping[str, object] | None:
     label = f"{file.parent.name}/{file.name}"
     if not file.is_file():
@@ -362,7 +401,22 @@ def _weights(folder: Path, faults: list[str]) -> list[Header]:
             headers.append(read_header(folder / name, label=f"{folder.name}/{name}"))
         except BrokenCheckpoint as exc:
             faults.append(exc.message)
-    return headers if len(headers) == len(files) else []
+    if len(headers) < len(files):
+        return []
+    if indexes and not plain:
+        _check_index(folder, min(indexes, key=len), dict(zip(files, headers, strict=True)), faults)
+    return headers
+
+
+def _check_index(folder: Path, index: str, headers: Mapping[str, Header], faults: list[str]) -> None:
+    """Whether every shard has the tensors that its index expects there: a shard of another checkpoint has not."""
+    # A dictionary, as `_shards` found it.
+    weight_map = cast("dict[str, str]", read_json(folder / index, label=f"{folder.name}/{index}")["weight_map"])
+    for name, header in headers.items():
+        lost = sorted(tensor for tensor, file in weight_map.items() if file == name and tensor not in header.shapes)
+        if lost:
+            told = f"{lost[0]!r}" + (f" and {len(lost) - 1} more tensors" if len(lost) > 1 else "")
+            faults.append(f"{folder.name}/{name} lacks {told} of {index}: they do not belong together")
 
 
 def _shards(folder: Path, *, index: str, faults: list[str]) -> list[str]:
@@ -405,8 +459,16 @@ def _native_side_px(components: Mapping[str, Component], *, family: Family) -> i
     blocks = components["vae"].config.get("block_out_channels")
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
     side_px = sample * scale if type(sample) is int and sample > 0 else DEFAULT_SIDE_PX.get(family, 512)
-    side_px = min(max(side_px, 16), MAX_SIDE_PX)
+    side_px = min(max(side_px, 16), MAX_SIDE_PX, _most_side_px(denoiser, scale=scale))
     return side_px - side_px % SIDE_MULTIPLE_PX
+
+
+def _most_side_px(denoiser: Component, *, scale: int) -> int:
+    """The side that a table of positions ends at; the largest of all where there is none."""
+    n_positions, patch = denoiser.config.get("pos_embed_max_size"), denoiser.config.get("patch_size", 1)
+    if type(n_positions) is int and type(patch) is int and n_positions * patch > 0:
+        return n_positions * patch * scale
+    return MAX_SIDE_PX
 
 
 def _sampler(scheduler: Component, *, family: Family) -> str:

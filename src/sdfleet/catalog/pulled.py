@@ -95,6 +95,22 @@ class PulledWeights:
                 f"{self.path(name) / MANIFEST} cannot be read", hint=f"get it again: sdfleet models pull {name}"
             ) from exc
 
+    def misfits(self, name: str) -> tuple[str, ...]:
+        """What of a downloaded model is missing, or has another size than the hub announced; its hashes are not read.
+
+        Raises BrokenCheckpoint.
+        """
+        told = []
+        for file in self.manifest(name).files:
+            try:
+                n_bytes = (self.path(name) / file.path).stat().st_size
+            except OSError:
+                told.append(f"{file.path} is missing")
+            else:
+                if n_bytes != file.n_bytes:
+                    told.append(f"{file.path} has {n_bytes} bytes, the hub announced {file.n_bytes}")
+        return tuple(told)
+
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Nobody else downloads or removes this model meanwhile; a killed process holds nothing.

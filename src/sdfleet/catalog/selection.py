@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 
 from sdfleet.catalog.cards import Family
 from sdfleet.catalog.hubs.hub import HubFile
-from sdfleet.catalog.identify import NEEDED, OPTIONAL, PICKLES
+from sdfleet.catalog.identify import CHECKED_BY, NEEDED, OPTIONAL, PICKLES
 from sdfleet.errors import BrokenCheckpoint, PickleRefused, UnsupportedByModel
 
 # At the top: what the folder is, and the licence, which must come along with the weights.
 _TOP = re.compile(r"model_index\.json|(LICENSE|LICENCE)([.-][A-Za-z0-9.-]{1,32})?", re.ASCII)
 _SMALL = re.compile(
     r"config\.json|scheduler_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|preprocessor_config\.json"
     r"|added_tokens\.json|vocab\.json|merges\.txt|spiece\.model|tokenizer\.model|chat_template\.jinja",
     re.ASCII,
 )
@@ -46,7 +47,22 @@ def select(files: Sequence[HubFile], *, family: Family, repo_id: str) -> tuple[H
             raise BrokenCheckpoint(f"{repo_id} lacks {component}/", hint="use another repository of this model")
         if within and not component.startswith(("tokenizer", "scheduler")):
             chosen += _weights(within, where=f"{repo_id}/{component}")
+    chosen += _checker(by_path, CHECKED_BY.get(family, ()))
     return tuple(sorted(chosen, key=lambda file: (file.n_bytes, file.path)))
+
+
+def _checker(by_path: dict[str, HubFile], components: Sequence[str]) -> list[HubFile]:
+    """The safety checker and its preparation; nothing where it is a pickle alone: pictures are told to be unchecked."""
+    chosen: list[HubFile] = []
+    for component in components:
+        start = f"{component}/"
+        within = {path.removeprefix(start): file for path, file in by_path.items() if path.startswith(start)}
+        is_readable = component == "feature_extractor" or any(_WEIGHTS.fullmatch(name) for name in within)
+        if is_readable:
+            chosen += [file for name, file in within.items() if _SMALL.fullmatch(name)]
+        if is_readable and component != "feature_extractor":
+            chosen += _weights(within, where=component)
+    return chosen
 
 
 def _weights(within: dict[str, HubFile], *, where: str) -> Iterable[HubFile]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import tomli_w
 from pydantic import ValidationError
 
+from sdfleet.catalog.adapters import Adapters
 from sdfleet.catalog.cards import Card, is_name
 from sdfleet.catalog.identify import Identified, identify
 from sdfleet.catalog.published import published
@@ -57,7 +58,7 @@ _Files = tuple[tuple[str, int, int], ...]
 class Catalog:
     """The checkpoints of this machine. Looks anew on every call, so an import or a download needs no restart.
 
-    weights: what was downloaded, and the only place where anything is ever deleted.
+    weights: what was downloaded; adapters: LoRAs and embeddings. Nothing else is ever deleted.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Catalog:
         self._built_in = packaged() if built_in is None else built_in
         self._published = published() if published_cards is None else published_cards
         self.weights = PulledWeights(models_folder / "weights")
+        self.adapters = Adapters(models_folder)
 
     def entries(self) -> tuple[Entry, ...]:
         """Every checkpoint that is here and has a readable card: the built-in ones first, then the others by name.
@@ -194,7 +196,7 @@ class Catalog:
         files = _files_of(entry.folder)
         known = self._inspected.get(entry.folder)
         if known is None or files is None or known[0] != files:
-            known = (files or (), identify(entry.folder))
+            known = (files or (), self._identified(entry))
             self._inspected[entry.folder] = known
         found = known[1]
         if found.family != entry.card.family:
@@ -203,6 +205,18 @@ class Catalog:
                 hint="import the folder under another name",
             )
         return found
+
+    def state_of(self, entry: Entry) -> Hashable:
+        """What tells one state of a folder's files from another, as `inspect` saw it last."""
+        known = self._inspected.get(entry.folder)
+        return None if known is None else known[0]
+
+    def _identified(self, entry: Entry) -> Identified:
+        if not self.is_pulled(entry):
+            return identify(entry.folder)
+        name = entry.card.name
+        cure = f"get it again: sdfleet models rm {name}, then sdfleet models pull {name}"
+        return identify(entry.folder, known=self.weights.misfits(name), cure=cure)
 
     def add(self, folder: Path, *, name: str) -> Entry:
         """Make the folder known under this name. The same folder again renews its card.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdfleet.cli import console, pulling
+from sdfleet.cli import console, memory, pulling
 
 if TYPE_CHECKING:
     from sdfleet.catalog.identify import Identified
@@ -23,18 +23,25 @@ def list_models(*, as_json: AsJson = False) -> None:
     """List the models of this machine, and on stderr those that can be pulled."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
+        from sdfleet.catalog.adapters import FOLDERS
+        from sdfleet.cli.adapters import facts_of, line_of
 
         catalog = compose.catalog(console.start())
         entries, absent = catalog.entries(), catalog.absent()
         if as_json:
             absent_names = [card.name for card in absent]
-            console.say_json({"models": [_facts(entry) for entry in entries], "can_be_pulled": absent_names})
+            adapters = {FOLDERS[kind]: [facts_of(one) for one in catalog.adapters.all(kind)] for kind in FOLDERS}
+            models = [_facts(entry) for entry in entries]
+            console.say_json({"models": models, **adapters, "can_be_pulled": absent_names})
             return
         for entry in entries:
             card = entry.card
             where = "built in" if entry.is_built_in else str(entry.folder)
             missing = "" if entry.folder.is_dir() else "  (folder is missing)"
             console.say(f"{card.name:<20} {card.family:<6} {card.width_px}x{card.height_px:<5} {where}{missing}")
+        for kind in FOLDERS:
+            for adapter in catalog.adapters.all(kind):
+                console.say(line_of(adapter))
         if absent:
             names = ", ".join(card.name for card in absent)
             console.note(f"can be pulled: {names}; see `sdfleet models plan NAME`")
@@ -60,11 +67,16 @@ def import_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a folder or file of weights known under a name. It stays where it is and is not changed."""
+    """Make a folder or file of weights known under a name. It stays where it is; a LoRA or an embedding is copied."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
+        from sdfleet.cli.adapters import said_of_import
 
         settings = console.start()
+        adapter = None if base or prediction else compose.import_adapter(settings, path, name=name)
+        if adapter is not None:
+            said_of_import(adapter, as_json=as_json)
+            return
         entry, notes = compose.import_checkpoint(settings, path, name=name, base=base, prediction=prediction)
         if as_json:
             found = compose.catalog(settings).inspect(entry)
@@ -79,14 +91,19 @@ def import_model(
 @app.command("show")
 def show_model(
     *,
-    name: Annotated[str, typer.Argument(help="Name or alias of a model.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name or alias of a model, a LoRA or an embedding.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     """Tell what a model is, and check its files if it is here."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
+        from sdfleet.cli.adapters import named, show
 
         catalog = compose.catalog(console.start())
+        adapter = named(catalog, name)
+        if adapter is not None:
+            show(adapter, as_json=as_json)
+            return
         card = catalog.card(name)
         if card in catalog.absent():
             facts: dict[str, Any] = card.model_dump(mode="json", exclude_none=True)
@@ -113,6 +130,11 @@ app.command("pull")(pulling.pull)
 app.command("rm")(pulling.remove)
 app.command("verify")(pulling.verify)
 app.command("du")(pulling.usage)
+app.command("load")(memory.load)
+app.command("unload")(memory.unload)
+app.command("pin")(memory.pin)
+app.command("unpin")(memory.unpin)
+app.command("ps")(memory.in_memory)
 
 
 def _facts(entry: Entry, found: Identified | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import typer
 from sdfleet.cli import console
 
 if TYPE_CHECKING:
-    from sdfleet.domain import ImageRequest, ImageResult, Picture, StepCache
+    from sdfleet.domain import ImageRequest, ImageResult, LoraUse, Picture, SafetyChecker, StepCache
     from sdfleet.runtime import Runtime
     from sdfleet.settings import Settings
     from sdfleet.storage.infotext import Metadata
@@ -55,6 +55,14 @@ def generate(
         Literal["off", "light", "strong"] | None,
         typer.Option(help="Guess some steps: faster, and changes the picture."),
     ] = None,
+    safety_checker: Annotated[
+        Literal["on", "flag", "off"] | None,
+        typer.Option(help="Withhold what the model's own checker flags, only say so, or do not check."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:SCALE]", help="A LoRA, at scale 1 if none is given; may come again and again."),
+    ] = None,
     inline: Annotated[bool, typer.Option(help="Show the picture in the terminal if it can.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")] = False,
 ) -> None:
@@ -64,7 +72,7 @@ def generate(
         request = _request(
             settings, prompt=prompt, model=model, negative=negative, size=size, steps=steps, guidance=guidance,
             seed=seed, n_images=n, sampler=sampler, image=image, strength=strength, mask=mask, like=like, t5=t5,
-            reproducible=reproducible, step_cache=step_cache,
+            reproducible=reproducible, step_cache=step_cache, loras=lora, safety_checker=safety_checker,
         )  # fmt: skip
 
         def tell(result: ImageResult, saved: tuple[Saved, ...]) -> None:
@@ -90,7 +98,13 @@ def show(
             console.say_json({"path": str(file), **facts})
             return
         for name, value in facts.items():
-            console.say(f"{name.removesuffix('_px')}: {', '.join(value) if isinstance(value, list) else value}")
+            parts = [_shown(part) for part in value] if isinstance(value, list) else [str(value)]
+            console.say(f"{name.removesuffix('_px')}: {', '.join(parts)}")
+
+
+def _shown(part: Any) -> str:
+    """A LoRA with its scale; anything else as it is."""
+    return f"{part['name']} at {part.get('scale', 1):g}" if isinstance(part, dict) else str(part)
 
 
 async def _draw(
@@ -145,7 +159,8 @@ def _tell(result: ImageResult, saved: tuple[Saved, ...], *, inline: bool) -> Non
     if inline:
         _show_inline(result)
     for one in saved:
-        console.say(f"saved {one.path}  seed {one.seed}")
+        told = "  flagged by the safety checker" if one.safety == "flagged" else ""
+        console.say(f"saved {one.path}  seed {one.seed}{told}")
     what = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
     where = ", ".join(filter(None, (result.device, result.dtype)))
     console.say(f"{what} in {result.timings_s['total']:.2f} s" + (f" ({where})" if where else ""))
@@ -170,9 +185,12 @@ def _request(
     t5: Literal["auto", "keep", "skip"] | None,
     reproducible: bool | None,
     step_cache: StepCache | None,
+    loras: list[str] | None,
+    safety_checker: SafetyChecker | None,
 ) -> ImageRequest:
     """What was asked for: an option that was given, else what --like says, else left open."""
     from sdfleet.domain import ImageRequest
+    from sdfleet.engine.prompt_tags import read_use
     from sdfleet.errors import InvalidValue
     from sdfleet.storage.infotext import Metadata
 
@@ -203,6 +221,16 @@ def _request(
         t5=_first(t5, noted.t5, default="auto"),
         reproducible=_first(reproducible, noted.reproducible, default=False),
         step_cache=_first(step_cache, noted.step_cache, default="off"),
+        loras=_noted_loras(noted) if loras is None else tuple(map(read_use, loras)),
+        safety_checker=safety_checker,
+    )
+
+
+def _noted_loras(noted: Metadata) -> tuple[LoraUse, ...]:
+    from sdfleet.domain import LoraUse
+
+    return tuple(
+        LoraUse(name=lora.name, scale=lora.scale, text_scale=lora.text_scale, content=lora.hash) for lora in noted.loras
     )
 
 
@@ -263,7 +291,10 @@ def _answer(result: ImageResult, saved: tuple[Saved, ...]) -> dict[str, Any]:
     return {
         "job_id": result.job_id,
         "model": result.model,
-        "images": [{"path": str(one.path), "seed": one.seed, "n_bytes": one.n_bytes} for one in saved],
+        "images": [
+            {"path": str(one.path), "seed": one.seed, "n_bytes": one.n_bytes, "safety": one.safety} for one in saved
+        ],
+        "withheld": [{"index": one.index, "seed": one.seed, "reason": "flagged"} for one in result.withheld],
         "width_px": picture.width_px,
         "height_px": picture.height_px,
         "drawn_width_px": drawing.width_px,
@@ -273,6 +304,11 @@ def _answer(result: ImageResult, saved: tuple[Saved, ...]) -> dict[str, Any]:
         "sampler": drawing.sampler,
         "reproducible": all(finished.reproducible for finished in result.images),
         "step_cache": drawing.step_cache,
+        "loras": [
+            {"name": lora.file.name, "scale": lora.scale, "text_scale": lora.text_scale, "hash": lora.file.content}
+            for lora in drawing.loras
+        ],
+        "embeddings": [embedding.name for embedding in drawing.embeddings],
         "timings_s": {name: round(seconds, 4) for name, seconds in result.timings_s.items()},
         "warnings": list(result.warnings),
         "tokens": [

@@ -24,7 +24,9 @@ def create(
     name: KeyName,
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="generate, read or manage; may be given more than once.", show_default="generate, read"),
+        typer.Option(
+            help="generate, read, manage or unfiltered; may be given more than once.", show_default="generate, read"
+        ),
     ] = None,
     rate_per_minute: Annotated[int | None, typer.Option(help="Most requests for pictures in a minute.")] = None,
     max_queued: Annotated[int | None, typer.Option(help="Most jobs that may wait at once.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdfleet import __version__
-from sdfleet.cli import bench, catalog, generate, jobs, keys, outputs, serve, train
+from sdfleet.cli import bench, catalog, doctor, fleet, generate, jobs, keys, node, outputs, router, serve, train
 
 app = typer.Typer(
     name="sdfleet",
@@ -23,12 +23,28 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("show")(generate.show)
 app.command("serve")(serve.serve)
+app.command("router")(router.router)
+app.command("node")(node.node)
+app.add_typer(fleet.app, name="fleet")
 app.add_typer(catalog.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(outputs.app, name="outputs")
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.add_typer(train.app, name="train")
+
+
+def herd() -> None:
+    """What the `herd` script runs: `sdfleet router`, as users of Ollama Herd call it."""
+    sys.argv.insert(1, "router")
+    main()
+
+
+def herd_node() -> None:
+    """What the `herd-node` script runs: `sdfleet node`."""
+    sys.argv.insert(1, "node")
+    main()
 
 
 def main() -> None:

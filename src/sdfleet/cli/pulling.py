@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 
-from sdfleet.cli import console
+from sdfleet.cli import console, serving
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,8 +18,12 @@ if TYPE_CHECKING:
     from sdfleet.catalog.cards import Card
     from sdfleet.catalog.consent import Consent
     from sdfleet.catalog.download import DownloadPlan, PullProgress
+    from sdfleet.engine.forecast import Forecast
     from sdfleet.engine.needs import Need
     from sdfleet.settings import Settings
+
+# How long operations may be timed on this machine, the first time that a model is asked about.
+_MEASURING_S = 8.0
 
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 Model = Annotated[str, typer.Argument(metavar="NAME", help="Name, alias or hub id of a model.", show_default=False)]
@@ -36,11 +39,11 @@ def plan(
     name: Model,
     source: From = None,
     memory: Annotated[
-        bool, typer.Option(help="Also say what memory it needs here, which loads torch and takes some seconds.")
+        bool, typer.Option(help="Also say what memory and time a picture takes here; that takes some seconds.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a pull would bring: files, bytes, licence, memory needed. Downloads no weights."""
+    """Say what a pull would bring: files, bytes, licence, memory and time needed. Downloads no weights."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
         from sdfleet.catalog.download import facts_of, plan_download
@@ -49,12 +52,12 @@ def plan(
         catalog = compose.catalog(settings)
         card = catalog.card(name)
         found = plan_download(card, compose.hub(settings, source), catalog.weights)
-        needs = _needs(card, settings) if memory else None
+        needed = _forecast(card, settings) if memory else None
         if as_json:
-            console.say_json(facts_of(found) | ({} if needs is None else {"memory": _need_facts(needs)}))
+            console.say_json(facts_of(found) | ({} if needed is None else needed.to_json()))
             return
         _show(found)
-        for line in () if needs is None else _need_lines(card, needs):
+        for line in () if needed is None else _forecast_lines(card, needed):
             console.say(line)
 
 
@@ -83,12 +86,21 @@ def pull(*, name: Model, source: From = None, yes: Yes = False, as_json: AsJson 
 
 
 def remove(*, name: Model, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Delete a downloaded model, or forget an imported one, whose folder stays as it is."""
+    """Delete a downloaded model, a LoRA or an embedding, or forget an imported model, whose folder stays as it is."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
+        from sdfleet.cli.adapters import named
 
         settings = console.start()
         catalog = compose.catalog(settings)
+        adapter = named(catalog, name)
+        if adapter is not None:
+            if not yes:
+                _ask(f"delete {adapter.path} ({size(adapter.n_bytes)})?", otherwise=f"sdfleet models rm {name} --yes")
+            n_bytes = catalog.adapters.remove(adapter)
+            freed = {"name": adapter.name, "n_freed_bytes": n_bytes}
+            console.say_json(freed) if as_json else console.say(f"removed {adapter.name}: {size(n_bytes)} freed")
+            return
         card = catalog.card(name)
         console.run(_check_is_idle(settings, card.name))
         if card.folder is None:
@@ -99,6 +111,7 @@ def remove(*, name: Model, yes: Yes = False, as_json: AsJson = False) -> None:
             question = f"forget {card.name}? Its folder {card.folder} stays as it is."
         if not yes:
             _ask(question, otherwise=f"sdfleet models rm {card.name} --yes")
+        serving.unload(settings, card.name)
         n_freed = catalog.forget(card.name)
         if as_json:
             console.say_json({"name": card.name, "n_freed_bytes": n_freed})
@@ -133,23 +146,27 @@ def verify(*, name: Model, as_json: AsJson = False) -> None:
 
 
 def usage(*, as_json: AsJson = False) -> None:
-    """Say what downloaded models take on the disk."""
+    """Say what downloaded models, LoRAs and embeddings take on the disk."""
     with console.answering(as_json=as_json):
         from sdfleet import compose
         from sdfleet.catalog.download import free_bytes
 
-        weights = compose.catalog(console.start()).weights
+        catalog = compose.catalog(console.start())
+        weights, adapters = catalog.weights, [*catalog.adapters.all("lora"), *catalog.adapters.all("embedding")]
         spaces, n_free = weights.usage(), free_bytes(weights.folder)
         if as_json:
             facts = [
                 {"name": space.name, "n_bytes": space.n_bytes, "n_unfinished_bytes": space.n_unfinished_bytes}
                 for space in spaces
             ]
-            console.say_json({"folder": str(weights.folder), "models": facts, "n_free_bytes": n_free})
+            told = [{"name": one.name, "kind": one.facts.kind, "n_bytes": one.n_bytes} for one in adapters]
+            console.say_json({"folder": str(weights.folder), "models": facts, "adapters": told, "n_free_bytes": n_free})
             return
         for space in spaces:
             unfinished = f"  ({size(space.n_unfinished_bytes)} unfinished)" if space.n_unfinished_bytes else ""
             console.say(f"{space.name:<20} {size(space.n_bytes):>10}{unfinished}")
+        for adapter in adapters:
+            console.say(f"{adapter.name:<20} {size(adapter.n_bytes):>10}  {adapter.facts.kind}")
         console.say(f"{'free':<20} {size(n_free):>10}  {weights.folder}")
 
 
@@ -261,38 +278,28 @@ async def _check_is_idle(settings: Settings, model: str) -> None:
         await compose.check_is_idle(stores.jobs, model)
 
 
-def _needs(card: Card, settings: Settings) -> tuple[Need, ...] | None:
-    """Memory for one picture of the card's size; None where nobody described the architecture."""
-    from sdfleet.bench.random_model import random_folder
-    from sdfleet.catalog import architectures
-    from sdfleet.domain import Drawing, JobId
-    from sdfleet.engine.needs import needs
+def _forecast(card: Card, settings: Settings) -> Forecast | None:
+    """What one picture of the card's size takes here; None where nobody described the architecture."""
+    from sdfleet import compose
+    from sdfleet.engine.forecast import forecast
 
-    name = card.architecture or card.name
-    if name not in architectures.names():
-        return None
-    with random_folder(architectures.load(name)) as (_, folder):
-        drawing = Drawing(
-            job_id=JobId("plan"), checkpoint=str(folder), family=card.family, prompt="a", negative_prompt="",
-            width_px=card.width_px, height_px=card.height_px, steps=card.steps, guidance=card.guidance, seed=0,
-            n_images=1, sampler=card.sampler,
-        )  # fmt: skip
-        return needs(drawing, device=settings.device, dtype=settings.dtype, limit_bytes=settings.memory_limit)
+    question = compose.forecast_question(card, settings, budget_s=_MEASURING_S)
+    return None if question is None else forecast(question)
 
 
-def _need_facts(needs: tuple[Need, ...]) -> list[Mapping[str, Any]]:
-    return [
-        {
-            "mode": need.mode, "dtype": need.dtype, "weights_bytes": need.weights_bytes, "peak_bytes": need.peak_bytes,
-            "fits": need.fits,
-        }
-        for need in needs
-    ]  # fmt: skip
-
-
-def _need_lines(card: Card, needs: tuple[Need, ...]) -> list[str]:
-    lines = [f"  memory for one picture of {card.width_px}x{card.height_px} here:"]
-    for need in needs:
-        verdict = "fits" if need.fits else "does not fit now"
-        lines.append(f"    {need.dtype:<9} {need.mode:<5} {size(need.peak_bytes):>9}  {verdict}")
+def _forecast_lines(card: Card, found: Forecast) -> list[str]:
+    lines = [f"  one picture of {card.width_px}x{card.height_px} here takes"]
+    lines += [_need_line(need) for need in found.memory]
+    if found.time is not None:
+        told = found.time
+        lines.append(
+            f"    about {told.picture_s:.3g} s in {told.dtype}: {told.steps} steps of {told.step_s:.3g} s, "
+            f"decoding {told.decode_s:.3g} s; this machine's speed was measured, the model was not"
+        )
     return lines
+
+
+def _need_line(need: Need) -> str:
+    stored = need.dtype if need.weights is None else f"{need.dtype}, weights in {need.weights}"
+    stored += "" if need.with_t5 or not need.may_skip_t5 else ", without T5"
+    return f"    {size(need.peak_bytes):>9}  {need.mode:<5} {stored}: {need.why or 'fits'}"

@@ -9,6 +9,7 @@ import typer
 from sdfleet.cli import console
 
 if TYPE_CHECKING:
+    from sdfleet.api.app import Opens
     from sdfleet.settings import Settings
 
 # More connections than this wait in the kernel; one process of a desktop may otherwise hold 256 or 1024 files only.
@@ -31,10 +32,15 @@ def serve(
         settings = console.start(
             host=host, port=port, model=model, log_level=log_level, default_log_level="info", for_server=True
         )
-        _serve(settings)
+        listen_and_serve(settings)
 
 
-def _serve(settings: Settings) -> None:
+def listen_and_serve(settings: Settings, *, opens: Opens | None = None, name: str = "sdfleet") -> None:
+    """Serve until told to end. opens: what stands behind the API; None: this machine.
+
+    Raises InvalidValue for an address that cannot be listened on, or that others could reach without a key.
+    """
+    from sdfleet import compose
     from sdfleet.api.app import create_app
     from sdfleet.api.http import Server, listen
     from sdfleet.errors import InvalidValue
@@ -51,8 +57,10 @@ def _serve(settings: Settings) -> None:
     with listener:
         port = listener.getsockname()[1]
         shown = "localhost" if settings.host == "127.0.0.1" else settings.host
-        console.note(f"sdfleet listens on http://{f'[{shown}]' if ':' in shown else shown}:{port}  (Ctrl-C ends it)")
-        Server(create_app(settings)).run(sockets=[listener])
+        console.note(f"{name} listens on http://{f'[{shown}]' if ':' in shown else shown}:{port}  (Ctrl-C ends it)")
+        app = create_app(settings, opens=opens or compose.server)
+        app.state.port = port
+        Server(app).run(sockets=[listener])
 
 
 async def _refuse_open_door(settings: Settings) -> None:

@@ -26,12 +26,13 @@ _MUST_FALL_BY = 0.05
 # The first call at a new size pays for set-up inside the libraries, so it is not counted.
 _CALLS_BEFORE_TRUST = 2
 # A gain is believed at once, its absence only after this many calls: other programs make calls slower, never faster.
-_CALLS_BEFORE_SETTLING = 5
+# The first calls of 32 rows took 149, 118, 69, 67, 55, 48 and 42 ms (2026-11-21), so that five of them were too few.
+_CALLS_BEFORE_SETTLING = 8
 # Speed changes (other programs, heat): a limit once found is tried again after this many calls at it.
 _CALLS_BEFORE_RETRY = 200
 _FIRST_LIMIT = 2
 # No device we measured gains beyond this; it also bounds the memory one call may take.
-_MOST_ROWS = 64
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class Batcher:
     """Decides, and learns; told that the speed of a key has changed, it learns that anew."""
 
     def __init__(self, *, max_rows: int | None = None) -> None:
-        self._ceiling = min(max_rows or _MOST_ROWS, _MOST_ROWS)
+        self._ceiling = min(max_rows or MOST_ROWS, MOST_ROWS)
         self._may_learn = max_rows is None
         self._speeds: dict[Hashable, _Speed] = {}
         self._served_s: dict[Hashable, float] = {}
@@ -101,6 +102,10 @@ class Batcher:
     def observe(self, key: Hashable, n_rows: int, spent_s: float) -> None:
         """One call of `n_rows` rows took `spent_s` seconds."""
         self._served_s[key] = self._served_s.get(key, 0.0) + spent_s
+        self.learn(key, n_rows, spent_s)
+
+    def learn(self, key: Hashable, n_rows: int, spent_s: float) -> None:
+        """The same of a call that served nobody, so that it does not count when keys take turns."""
         speed = self._speeds.setdefault(key, _Speed())
         size = _doubling(n_rows)
         speed.n_calls[size] += 1
@@ -111,6 +116,22 @@ class Batcher:
         speed.row_s[size] = min(row_s, speed.row_s.get(size, row_s) * 1.02)
         if self._may_learn:
             self._learn(speed, size)
+
+    def limit(self, key: Hashable) -> int:
+        """Most rows of this key in one call, by what is known now."""
+        return self._limit(key, None)[0]
+
+    def measured(self, key: Hashable) -> dict[int, float]:
+        """Seconds of one call of this key, by its rows (powers of two); sizes without a trusted call are left out."""
+        speed = self._speeds.get(key)
+        return {} if speed is None else {size: row_s * size for size, row_s in speed.row_s.items()}
+
+    def next_size(self, key: Hashable) -> int | None:
+        """With how many rows the next call would tell most; None when the limit of this key is known."""
+        speed = self._speeds.get(key) or _Speed()
+        if not self._may_learn or speed.settled or speed.limit > self._ceiling:
+            return None
+        return speed.limit
 
     def forget(self, is_stale: Callable[[Hashable], bool]) -> None:
         """Learn the keys anew for which `is_stale` says so: something else runs them now, at another speed."""

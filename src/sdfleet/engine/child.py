@@ -20,11 +20,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self, assert_never, cast
 
-from sdfleet.domain import Drawing, JobId
+from sdfleet.domain import Drawing, JobId, Progress
 from sdfleet.engine import wire
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed
 from sdfleet.errors import BadRequest, EngineFailed, SdfleetError
@@ -37,6 +37,14 @@ OUR_ENGINE = "sdfleet.engine.engine:Engine"
 
 # How long the process may live on in the middle of a step after the parent is gone or has said Close.
 LINGER_S = 10.0
+# Nothing was asked for that long: the time to try something out. With one client, who asks again 10 ms after an answer,
+# every answer would else be late by a try.
+REST_S = 0.3
+# Pictures in the making share this many told steps a second. Sixteen of them at 20 steps a second made 320 messages,
+# and whenever the server's process takes a core for them, all threads of the engine wait; nobody can see more anyway.
+TOLD_PER_S = 50.0
+# However many they are, each is heard of this often.
+LONGEST_UNTOLD_S = 0.5
 # Reports waiting to be written: pictures leave while the next step runs; a parent that does not read stops the engine.
 MAX_WAITING_REPORTS = 16
 
@@ -53,12 +61,25 @@ class EngineFace(Protocol):
     def watch(self, job_id: JobId, *, previews: bool) -> None:
         """Start or stop previews of a job. Unknown ids are ignored."""
 
+    def unload(self, checkpoint: str) -> None:
+        """Let a checkpoint leave the device, with the memory it took; one that is not there is left so.
+
+        Raises InUse while a job draws with it.
+        """
+
+    def pin(self, checkpoints: Collection[str]) -> None:
+        """From now on these, and no others, never leave to make room for another."""
+
     def step(self) -> list[Event]:
         """One turn. A fault that belongs to one job is its JobFailed; an exception ends the process."""
 
     @property
     def is_idle(self) -> bool:
         """Nothing is left to do until the next `submit`."""
+
+    @property
+    def is_resting(self) -> bool:
+        """Nothing is left to draw. Where it is not idle too, there is something to try out, which has time."""
 
     def facts(self) -> Mapping[str, object]:
         """Device, dtype, resident checkpoints and the like, as JSON values. Called after a job and before a wait."""
@@ -120,18 +141,27 @@ def _serve(engine: EngineFace, inbox: _Inbox, outbox: _Outbox) -> None:
     """Obey commands and take turns until the parent says Close or leaves."""
     facts = dict(engine.facts())
     outbox.put(wire.Ready(facts=facts))
+    pace = _Pace()
+    has_rested = False
     while True:
-        for command in inbox.take(can_wait=engine.is_idle):
+        answers: list[Event] = []
+        is_resting = engine.is_resting
+        rest_s = REST_S if is_resting and not has_rested else 0.0
+        for command in inbox.take(wait_s=None if engine.is_idle else rest_s):
             if isinstance(command, wire.Close):
                 return
-            _obey(command, engine, outbox)
-        has_ended_job = False
-        for event in engine.step():
-            has_ended_job |= isinstance(event, JobDone | JobFailed)
-            _send_event(event, engine, outbox)
+            if (answer := _obey(command, engine, outbox)) is not None:
+                answers.append(answer)
+        has_rested = is_resting and engine.is_resting
+        events = [*engine.step(), *answers]
+        has_ended_job = any(isinstance(event, JobDone | JobFailed) for event in events)
         if (has_ended_job or engine.is_idle) and (now := dict(engine.facts())) != facts:
+            # Before the events, so that whoever hears that a job is done finds its checkpoint among the facts.
             facts = now
             outbox.put(wire.Facts(facts=facts))
+        for event in events:
+            if pace.lets_through(event):
+                _send_event(event, engine, outbox)
 
 
 def _load_engine(name: str, options: EngineOptions) -> EngineFace:
@@ -152,10 +182,11 @@ def _load_engine(name: str, options: EngineOptions) -> EngineFace:
     return build(options)
 
 
-_Order = wire.Submit | wire.Cancel | wire.Watch | wire.BrokenMessage
+_Order = wire.Submit | wire.Cancel | wire.Watch | wire.Unload | wire.Pin | wire.BrokenMessage
 
 
-def _obey(command: _Order, engine: EngineFace, outbox: _Outbox) -> None:
+def _obey(command: _Order, engine: EngineFace, outbox: _Outbox) -> Event | None:
+    """Do it; what is to be answered after what the next turn has to say, which may be the end of cancelled jobs."""
     match command:
         case wire.Submit(drawing=drawing):
             try:
@@ -166,6 +197,14 @@ def _obey(command: _Order, engine: EngineFace, outbox: _Outbox) -> None:
             engine.cancel(job_id)
         case wire.Watch(job_id=job_id, previews=previews):
             engine.watch(job_id, previews=previews)
+        case wire.Unload(job_id=job_id, checkpoint=checkpoint):
+            try:
+                engine.unload(checkpoint)
+            except SdfleetError as exc:
+                return JobFailed(job_id=job_id, error=exc)
+            return JobDone(job_id=job_id)
+        case wire.Pin(checkpoints=checkpoints):
+            engine.pin(checkpoints)
         case wire.BrokenMessage(job_id=None):
             log.error("a command made no sense and was skipped", extra={"why": str(command)})
         case wire.BrokenMessage(job_id=job_id):
@@ -173,6 +212,7 @@ def _obey(command: _Order, engine: EngineFace, outbox: _Outbox) -> None:
             outbox.put(JobFailed(job_id=cast("JobId", job_id), error=error))
         case _:
             assert_never(command)
+    return None
 
 
 def _send_event(event: Event, engine: EngineFace, outbox: _Outbox) -> None:
@@ -190,6 +230,29 @@ def _as_sdfleet_error(exc: Exception) -> SdfleetError:
     return EngineFailed(f"the engine's process met a fault: {type(exc).__name__}: {str(exc)[:500]}")
 
 
+class _Pace:
+    """Which steps are told: the first and the last of a picture, those with a preview, and others now and then."""
+
+    def __init__(self) -> None:
+        self._told_s: dict[JobId, dict[int, float]] = {}  # when a picture was last heard of
+        self._n_pictures = 0
+
+    def lets_through(self, event: Event) -> bool:
+        if isinstance(event, JobDone | JobFailed):
+            self._n_pictures -= len(self._told_s.pop(event.job_id, {}))
+        if not isinstance(event, Progress):
+            return True
+        told_s = self._told_s.setdefault(event.job_id, {})
+        now_s = time.monotonic()
+        last_s = told_s.get(event.image_index)
+        self._n_pictures += last_s is None
+        is_due = last_s is None or now_s - last_s >= min(self._n_pictures / TOLD_PER_S, LONGEST_UNTOLD_S)
+        if is_due or event.preview is not None or event.step == event.n_steps:
+            told_s[event.image_index] = now_s
+            return True
+        return False
+
+
 class _Inbox:
     """Commands in the order they came, read by a thread of its own; the end of the stream is a Close."""
 
@@ -205,11 +268,14 @@ class _Inbox:
         """Let the main thread end at its next look, as if the parent had said Close."""
         self._commands.put(wire.Close())
 
-    def take(self, *, can_wait: bool) -> Iterator[wire.Command | wire.BrokenMessage]:
-        """What has arrived; `can_wait` sleeps until there is something. Raises BrokenStream."""
-        while can_wait or not self._commands.empty():
-            can_wait = False
-            command = self._commands.get()
+    def take(self, *, wait_s: float | None) -> Iterator[wire.Command | wire.BrokenMessage]:
+        """What has arrived, waited for so long; None: until there is something. Raises BrokenStream."""
+        while wait_s != 0 or not self._commands.empty():
+            try:
+                command = self._commands.get(timeout=wait_s)
+            except queue.Empty:
+                return
+            wait_s = 0.0
             if isinstance(command, wire.BrokenStream):
                 raise command
             yield command

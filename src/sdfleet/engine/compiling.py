@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sdfleet.engine.components import ComponentName, Components
 from sdfleet.engine.devices import Device, out_of_memory_as_ours
 from sdfleet.engine.events import EngineOptions
+from sdfleet.engine.repeated import blocks
 from sdfleet.errors import OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ _MOST_TRIED_ROWS = 32
 # One block's code is compiled anew for every width of its network (four in a UNet, with and without a shortcut), every
 # number of rows and every size. torch stops at 8 and goes on uncompiled without a word.
 _MOST_COMPILED = 512
-# What holds fewer layers than this is a layer itself: the parts of a feed-forward network, of an attention's way out.
-_LEAST_LAYERS = 3
 
 
 def filled_up(n_rows: int) -> int:
@@ -44,14 +43,6 @@ def filled_up(n_rows: int) -> int:
     [1, 2, 4, 8, 8, 16, 64]
     """
     return 1 << (n_rows - 1).bit_length()
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts that a network repeats: what its lists of modules hold, as deep inside as they are still blocks."""
-    held = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
-    members = [member for members in held for member in members if _n_layers(member) >= _LEAST_LAYERS]
-    known = {id(member) for member in members}
-    return [m for m in members if not any(id(part) in known for part in m.modules() if part is not m)]
 
 
 @dataclass(slots=True)
@@ -198,10 +189,6 @@ class Compiling:
         for handle in network.unwatch:
             handle.remove()
         network.unwatch = []
-
-
-def _n_layers(module: nn.Module) -> int:
-    return sum(1 for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
 
 
 def _with_rows(value: Any, n_rows: int) -> Any:

@@ -57,7 +57,11 @@ def room_for(prompts: Sequence[Prompt], *, clips: Sequence[ClipEncoder], t5: T5E
     Raises InvalidValue for a prompt past T5's limit.
     """
     n_chunks = max(
-        (len(clip_chunks(clip.tokenizer, prompt, window=clip.length - 2)) for clip in clips for prompt in prompts),
+        (
+            len(clip_chunks(clip.tokenizer, prompt, window=clip.length - 2, words=clip.words))
+            for clip in clips
+            for prompt in prompts
+        ),
         default=1,
     )
     if t5 is None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
-from sdfleet.engine.events import DeviceChoice, DtypeChoice, WeightsChoice
+from sdfleet.engine.events import DeviceChoice, DtypeChoice, TextWeightsChoice, WeightFormat, WeightsChoice
+from sdfleet.engine.host_memory import available_bytes
+from sdfleet.engine.weight_formats import refuse_where_it_cannot_be
 from sdfleet.errors import InvalidValue, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -34,14 +39,16 @@ class Device:
     """One device and the formats used on it. `why` says how the format was chosen, for people.
 
     dtype: text encoders and denoiser. vae_dtype: the picture decoder, which breaks first in half precision.
-    keeps_fp8: large weights are kept in 8 bits and widened to dtype when they are used, see fp8_weights.py.
+    weights, text_weights: what a denoiser's and a large text encoder's weights are kept in, to be widened to dtype when
+    they are used, see quantised.py; None: in dtype.
     """
 
     kind: str
     dtype: torch.dtype
     vae_dtype: torch.dtype
     why: str
-    keeps_fp8: bool = False
+    weights: WeightFormat | None = None
+    text_weights: WeightFormat | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -60,7 +67,7 @@ class Device:
             return int(free)
         if self.kind == "mps":
             return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-        return int(psutil.virtual_memory().available)
+        return available_bytes()
 
     def release_cached(self) -> None:
         """Give memory that torch keeps for itself back to the device."""
@@ -69,18 +76,38 @@ class Device:
         elif self.kind == "mps":
             torch.mps.empty_cache()
 
+    def give_back(self) -> None:
+        """Give what is free back to the device and the system, down to the pages that the C library keeps."""
+        gc.collect()
+        self.release_cached()
+        _return_pages()
 
-def choose_device(device: DeviceChoice, dtype: DtypeChoice, weights: WeightsChoice = "auto") -> Device:
+
+def _return_pages() -> None:
+    """Ask the C library for the pages that it keeps of what was freed; only glibc has a word for it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def choose_device(
+    device: DeviceChoice,
+    dtype: DtypeChoice,
+    weights: WeightsChoice = "auto",
+    text_weights: TextWeightsChoice = "auto",
+) -> Device:
     """The device to draw on and its formats.
 
-    Raises InvalidValue when the device named is absent, when weights are to be kept in a format it does not have, or
+    Raises InvalidValue when the device named is absent, when weights are to be kept in a format it cannot widen, or
     when float16 is asked for on a CPU, where it is emulated and measured 400 times slower than bfloat16.
     """
     kind = _present(device)
-    if kind == "mps" and weights == "fp8":
-        raise InvalidValue("weights", "Metal has no 8-bit floats", hint="use weights auto, and memory mode eco")
+    kept = None if weights == "auto" else weights
+    kept_text = kept if text_weights == "auto" else None if text_weights == "full" else text_weights
+    refuse_where_it_cannot_be("weights", kept, kind=kind)
+    refuse_where_it_cannot_be("text_weights", kept_text, kind=kind)
     on_kind = {"cuda": _on_cuda, "mps": _on_mps, "cpu": _on_cpu}
-    return replace(on_kind[kind](dtype), keeps_fp8=weights == "fp8")
+    return replace(on_kind[kind](dtype), weights=kept, text_weights=kept_text)
 
 
 def _present(choice: DeviceChoice) -> str:

@@ -6,7 +6,7 @@ One turn (`Engine.step`) reads top to bottom:
     2. new jobs are prepared: checkpoint, prompts, first latents; their pictures join
     3. the batcher says who steps together; one network call moves them all
     4. finished pictures are decoded and leave
-    5. with nothing to draw, another executor is tried, a call a turn
+    5. with nothing to draw, another executor is tried, or another size of batch, a call a turn
 
 Every call of torch happens on the thread that calls `step`. A second thread would slow the whole process on a CPU.
 """
@@ -16,31 +16,33 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sdfleet.domain import Drawing, FinishedPicture, JobId, Progress
+from sdfleet.domain import Drawing, FinishedPicture, JobId, Picture, Progress, SafetyVerdict
 from sdfleet.engine.batcher import Batcher, Candidate
+from sdfleet.engine.decoding import Decoder
 from sdfleet.engine.devices import StepClock, choose_device, out_of_memory_as_ours
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
 from sdfleet.engine.executors import is_of
 from sdfleet.engine.job import Job
+from sdfleet.engine.lora import set_of
 from sdfleet.engine.memory import Rung
 from sdfleet.engine.pixels import fitted, resized, to_picture
+from sdfleet.engine.rehearsal import Rehearsal
 from sdfleet.engine.residency import DeviceResidency, Loaded
-from sdfleet.engine.samplers import make_sampler
 from sdfleet.engine.step_batch import StepBatch, shares_step
-from sdfleet.engine.step_cache import Forecast, left_out
-from sdfleet.engine.trajectory import Trajectory, first_latents
-from sdfleet.errors import EngineFailed, JobCancelled, OutOfMemory, SdfleetError
+from sdfleet.engine.step_cache import told_of
+from sdfleet.engine.step_curves import StepCurves
+from sdfleet.engine.trajectory import Trajectory, begin_all
+from sdfleet.errors import EngineFailed, JobCancelled, OutOfMemory, SdfleetError, in_use
 
 log = logging.getLogger(__name__)
 
-_SEEDS = 2**64
 # Jobs that come together should start together, even where a step is shorter than encoding their prompts.
 _PREPARE_S = 0.1
 # `smaller_picture` takes this share of each side: 0.56 of the area.
@@ -54,9 +56,13 @@ class Engine:
     def __init__(self, options: EngineOptions) -> None:
         if options.n_threads is not None:
             torch.set_num_threads(options.n_threads)
-        self._device = choose_device(options.device, options.dtype, options.weights)
+        self._device = choose_device(options.device, options.dtype, options.weights, options.text_weights)
         self._residency = DeviceResidency(self._device, options)
+        self._decoder = Decoder(self._device, self._residency)
         self._batcher = Batcher(max_rows=options.max_rows)
+        self._curves = StepCurves(self._batcher)
+        is_on = options.rehearses and self._device.kind == "cpu"
+        self._rehearsal = Rehearsal(self._batcher, self._residency.find_settled, is_on=is_on)
         self._clock = StepClock(self._device)
         self._pending: deque[Job] = deque()
         self._jobs: dict[JobId, Job] = {}
@@ -72,7 +78,12 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Nothing to prepare, nothing to step and nothing to try out."""
-        return not (self._has_work or self._residency.has_chore)
+        return not (self._has_work or self._residency.has_chore or self._rehearsal.has_chore)
+
+    @property
+    def is_resting(self) -> bool:
+        """Nothing to draw. There may be something to try out, which has time."""
+        return not self._has_work
 
     def facts(self) -> Mapping[str, object]:
         """The device, its formats, and what is on it now."""
@@ -80,12 +91,18 @@ class Engine:
             "device": self._device.kind,
             "dtype": self._device.dtype_name,
             "dtype_reason": self._device.why,
-            "weights": "fp8" if self._device.keeps_fp8 else self._device.dtype_name,
+            "weights": self._device.weights or self._device.dtype_name,
+            "text_weights": self._device.text_weights or self._device.dtype_name,
             "threads": torch.get_num_threads(),
             "checkpoints": list(self._residency.checkpoints),
             "resident_bytes": self._residency.resident_bytes(),
+            "bytes_by_checkpoint": self._residency.bytes_by_checkpoint(),
+            "pinned": list(self._residency.pinned),
+            "n_by_layer": self._residency.n_by_layer(),
             "executors": self._residency.executors.facts(),
             "compiled": self._residency.compiling.facts(),
+            "is_rehearsing": self._rehearsal.has_chore,
+            "step_s": self._curves.told(self._residency.checkpoints),
         }
 
     @property
@@ -114,20 +131,44 @@ class Engine:
         if job_id in self._jobs:
             self._jobs[job_id].wants_previews = previews
 
+    def unload(self, checkpoint: str) -> None:
+        """Let a checkpoint leave the device, with the memory it took. Raises InUse while a job needs it."""
+        self._drop_cancelled()
+        needed = [job_id for job_id, job in self._jobs.items() if job.drawing.checkpoint == checkpoint]
+        if needed:
+            raise in_use(checkpoint, len(needed))
+        self._batch = None
+        self._residency.unload(checkpoint)
+
+    def pin(self, checkpoints: Collection[str]) -> None:
+        """These checkpoints, and no others, never leave to make room."""
+        self._residency.pin(checkpoints)
+
     def step(self) -> list[Event]:
         """One turn, see the top of this file. Answers with what happened; empty when idle."""
         self._n_turns += 1
+        self._drop_cancelled()
+        self._prepare_pending()
+        if self._live:
+            self._finish(self._step_together())
+        elif not self._has_work:
+            self._do_chore()
+        events, self._events = self._events, []
+        return events
+
+    def _do_chore(self) -> None:
+        self._residency.take_off_loras()
+        if not self._residency.has_chore:
+            self._rehearsal.do_chore()
+        elif (changed := self._residency.do_chore()) is not None:
+            self._batcher.forget(partial(is_of, changed))
+            self._rehearsal.forget(partial(is_of, changed))
+
+    def _drop_cancelled(self) -> None:
         for job_id in self._cancelled:
             if job_id in self._jobs:
                 self._fail(self._jobs[job_id], JobCancelled("the job was cancelled"))
         self._cancelled.clear()
-        self._prepare_pending()
-        if self._live:
-            self._finish(self._step_together())
-        elif not self._has_work and (changed := self._residency.do_chore()) is not None:
-            self._batcher.forget(partial(is_of, changed))
-        events, self._events = self._events, []
-        return events
 
     def close(self) -> None:
         """Drop every job and everything on the device."""
@@ -154,51 +195,34 @@ class Engine:
         busy = {self._jobs[t.job_id].drawing.checkpoint for t in self._live.values()}
         with job.timed("load"):
             loaded = self._residency.acquire(drawing, busy=busy)
+            if loaded.residency == "by_layer":
+                job.climb("offload_layers")
             family = loaded.family
+        if not drawing.n_images:
+            self._end(job)
+            return
         with job.timed("encode"), torch.inference_mode():
             self._residency.enter(loaded, "encode")
-            prompts = family.encode(drawing)
+            with family.loras.on_text(drawing.loras, family.text_encoders(drawing)):
+                prompts = family.encode(drawing)
             if drawing.image is not None:
                 self._residency.enter(loaded, "decode")
             source = family.source(drawing)
             self._residency.enter(loaded, "denoise")
+            fitting = family.loras.settle(drawing, family.denoiser)
         job.tokens = prompts.tokens
-        warnings = (*prompts.warnings, *self._residency.told(drawing.checkpoint)[1])
+        warnings = (*prompts.warnings, *fitting, *self._residency.told(drawing.checkpoint)[1])
         job.warnings += [warning for warning in warnings if warning not in job.warnings]
-        from_noise = drawing.task == "txt2img" or (drawing.task == "inpaint" and drawing.strength == 1)
-        for index in range(drawing.n_images):
-            seed = (drawing.seed + index) % _SEEDS
-            generator = torch.Generator().manual_seed(seed)
-            sampler = make_sampler(
-                drawing.sampler,
-                family.schedule,
-                n_steps=drawing.steps,
-                strength=family.strength(drawing),
-                n_latent_tokens=family.n_latent_tokens(drawing),
-            )
-            start = family.start(drawing, source, generator)
-            guessed = left_out(drawing.step_cache, len(sampler.evaluations))
-            self._n_made += 1
-            trajectory = Trajectory(
-                id=self._n_made,
-                job_id=drawing.job_id,
-                image_index=index,
-                seed=seed,
-                sampler=sampler,
-                generator=generator,
-                prompts=prompts,
-                guidance=family.guidance_weight(drawing),
-                latents=first_latents(sampler, start, from_noise=from_noise),
-                blend=start.blend,
-                extra=start.extra,
-                forecast=Forecast(left_out=guessed, draws_noise=sampler.draws_noise) if guessed else None,
-            )
+        first_id = self._n_made + 1
+        self._n_made += drawing.n_images
+        for trajectory in begin_all(drawing, family, prompts, source, first_id=first_id):
             job.n_evaluations += trajectory.n_calls
-            if drawing.step_cache != "off" and not index:
-                job.warnings += _told_of_step_cache(drawing, trajectory, already=job.warnings)
-            key = shares_step(family, trajectory, checkpoint=drawing.checkpoint)
+            if drawing.step_cache != "off" and not trajectory.image_index:
+                effect = told_of(drawing.step_cache, n_evaluations=trajectory.n_evaluations, n_calls=trajectory.n_calls)
+                job.warnings += [] if effect in job.warnings else [effect]
+            key = (*shares_step(family, trajectory, checkpoint=drawing.checkpoint), *set_of(drawing.loras))
             if drawing.reproducible:
-                key = (*key, drawing.job_id, index)
+                key = (*key, drawing.job_id, trajectory.image_index)
             self._keys[trajectory.id] = key
             self._live[trajectory.id] = trajectory
 
@@ -228,6 +252,13 @@ class Engine:
         key = self._keys[batch.trajectories[0].id]
         for (asked, n_rows), spent_s in self._clock.end((key, batch.n_rows)):
             self._batcher.observe(asked, n_rows, spent_s)
+        first = self._jobs[batch.trajectories[0].job_id].drawing
+        self._curves.note(
+            first.checkpoint, key, width_px=first.width_px, height_px=first.height_px,
+            rows_per_picture=batch.trajectories[0].n_rows,
+        )  # fmt: skip
+        if batch.call is not None and not (first.reproducible or first.loras):
+            self._rehearsal.note(key, batch.call, spent_s=self._step_s)
         self._report(batch, loaded)
         return [t for t in batch.trajectories if t.is_finished]
 
@@ -248,7 +279,7 @@ class Engine:
             family = self._loaded_of(chosen[0]).family
             fills_up = self._residency.compiling.fills_up(family.components)
             size_px = (drawing.height_px, drawing.width_px)
-            self._batch = StepBatch(family, chosen, size_px=size_px, fills_up=fills_up)
+            self._batch = StepBatch(family, chosen, size_px=size_px, fills_up=fills_up, loras=drawing.loras)
             log.debug("batch", extra={"pictures": len(chosen), "rows": decision.n_rows, "reason": decision.reason})
         return self._batch
 
@@ -279,80 +310,64 @@ class Engine:
         if not finished:
             return
         loaded = self._loaded_of(finished[0])
-        decoded = self._decode(loaded, finished)
-        for trajectory, image in decoded:
+        decoded = [(trajectory, to_picture(image)) for trajectory, image in self._decode(loaded, finished)]
+        verdicts = self._verdicts(loaded, decoded)
+        for trajectory, drawn in decoded:
             job = self._jobs.get(trajectory.job_id)
             if job is None:  # a sister picture failed, and the job with it
                 continue
             self._leave(trajectory)
-            picture = to_picture(image)
+            picture = drawn
             if job.drawing.resize_to is not None:
                 # An input picture was stretched to what the model draws, so its answer is stretched back.
                 bring = fitted if job.drawing.image is None else resized
-                picture = bring(picture, *job.drawing.resize_to)
-            done = FinishedPicture(picture=picture, seed=trajectory.seed, reproducible=job.drawing.reproducible)
+                picture = bring(drawn, *job.drawing.resize_to)
+            done = FinishedPicture(
+                picture=picture,
+                seed=trajectory.seed,
+                reproducible=job.drawing.reproducible,
+                safety=verdicts[trajectory.id],
+            )
             index = trajectory.image_index
             self._events.append(PictureDone(job_id=trajectory.job_id, image_index=index, finished=done))
             job.left -= 1
             if not job.left:
                 self._end(job)
 
+    def _verdicts(self, loaded: Loaded, decoded: Sequence[tuple[Trajectory, Picture]]) -> dict[int, SafetyVerdict]:
+        """What the checkpoint's safety checker says, by trajectory. A picture it could not look at fails its job."""
+        unchecked: SafetyVerdict = "off" if loaded.family.components.has("safety_checker") else "none"
+        verdicts = {trajectory.id: unchecked for trajectory, _ in decoded}
+        for job_id in dict.fromkeys(trajectory.job_id for trajectory, _ in decoded):
+            job = self._jobs.get(job_id)
+            if job is not None and loaded.family.is_checked(job.drawing):
+                own = {trajectory.id: picture for trajectory, picture in decoded if trajectory.job_id == job_id}
+                self._guarded(job, partial(self._decoder.check, loaded, own, job=job, into=verdicts))
+        return verdicts
+
     def _decode(self, loaded: Loaded, finished: Sequence[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
         """Pictures [3, H, W] of a group; when the group cannot be decoded together, one by one, each failing alone."""
         begun_s = time.perf_counter()
         jobs = {t.job_id: self._jobs[t.job_id] for t in finished}
         self._residency.enter(loaded, "decode")
-        together = [finished] if not loaded.tile_vae else [[t] for t in finished]
+        n_together = self._residency.decode_cap(loaded, self._jobs[finished[0].job_id].drawing)
+        together = [finished[start : start + n_together] for start in range(0, len(finished), n_together)]
         decoded: list[tuple[Trajectory, Tensor]] = []
         for group in together:
             try:
-                decoded += self._decoded(loaded, group)
+                decoded += self._decoder.decode(loaded, group, jobs=jobs)
             except (OutOfMemory, EngineFailed):
                 for trajectory in group:
-                    leaner = partial(self._decoded_leaner, loaded, trajectory, into=decoded)
-                    self._guarded(self._jobs.get(trajectory.job_id), leaner)
+                    job = self._jobs.get(trajectory.job_id)
+                    leaner = partial(self._decode_leaner, loaded, trajectory, into=decoded)
+                    self._guarded(job, leaner)
         for job in jobs.values():
             job.spend("decode", time.perf_counter() - begun_s)
         return decoded
 
-    def _decoded(self, loaded: Loaded, group: Sequence[Trajectory]) -> list[tuple[Trajectory, Tensor]]:
-        with torch.inference_mode(), out_of_memory_as_ours():
-            was_upcast = loaded.family.vae.upcast
-            images = loaded.family.decode(torch.cat([t.latents for t in group]), tiled=loaded.tile_vae)
-            if loaded.family.vae.upcast and not was_upcast:
-                for trajectory in group:
-                    self._jobs[trajectory.job_id].warnings.append("the VAE overflowed and was run in float32")
-        return list(zip(group, images, strict=True))
-
-    def _decoded_leaner(self, loaded: Loaded, trajectory: Trajectory, *, into: list[tuple[Trajectory, Tensor]]) -> None:
-        """One picture, giving up more and more for it. Raises OutOfMemory when nothing is left to give up."""
-        job = self._jobs[trajectory.job_id]
+    def _decode_leaner(self, loaded: Loaded, trajectory: Trajectory, *, into: list[tuple[Trajectory, Tensor]]) -> None:
         busy = {self._jobs[t.job_id].drawing.checkpoint for t in self._live.values()}
-        rungs: list[tuple[Rung, Callable[[], bool]]] = [
-            ("fewer_rows", lambda: True),
-            ("drop_idle_components", lambda: self._residency.drop_idle(busy=busy)),
-            ("tile_vae", lambda: self._tile(loaded)),
-            ("offload_text_encoders", lambda: self._residency.offload_text_encoders(loaded)),
-            ("offload_all", lambda: self._residency.offload_all(loaded, "decode")),
-        ]
-        for rung, gives_up in rungs:
-            if not gives_up():
-                continue
-            try:
-                into += self._decoded(loaded, [trajectory])
-            except OutOfMemory:
-                continue
-            if rung != "fewer_rows":
-                job.climb(rung)
-            return
-        raise OutOfMemory(
-            "the picture is drawn but there is no memory to decode it", hint="ask for a smaller size, or use mode eco"
-        )
-
-    @staticmethod
-    def _tile(loaded: Loaded) -> bool:
-        was, loaded.tile_vae = loaded.tile_vae, True
-        return not was
+        into.append(self._decoder.decode_leaner(loaded, trajectory, job=self._jobs[trajectory.job_id], busy=busy))
 
     # -- leaving, for better or worse
 
@@ -410,7 +425,8 @@ class Engine:
                 continue
             drawing = job_now.drawing
             family = self._loaded_of(trajectory).family
-            alone = StepBatch(family, [trajectory], size_px=(drawing.height_px, drawing.width_px))
+            size_px = (drawing.height_px, drawing.width_px)
+            alone = StepBatch(family, [trajectory], size_px=size_px, loras=drawing.loras)
             self._guarded(job_now, alone.step)
             if job_now.drawing.job_id in self._jobs:
                 self._report(alone, self._loaded_of(trajectory))
@@ -427,6 +443,7 @@ class Engine:
             ("drop_idle_components", lambda: self._residency.drop_idle(busy=busy)),
             ("offload_text_encoders", lambda: self._residency.offload_text_encoders(loaded)),
             ("offload_all", lambda: self._residency.offload_all(loaded, "denoise")),
+            ("offload_layers", lambda: self._residency.offload_layers(loaded, "denoise")),
         ]
         for rung, gives_up in rungs:
             if gives_up():
@@ -472,17 +489,6 @@ class Engine:
 
     def _loaded_of(self, trajectory: Trajectory) -> Loaded:
         return self._residency.get(self._jobs[trajectory.job_id].drawing.checkpoint)
-
-
-def _told_of_step_cache(drawing: Drawing, trajectory: Trajectory, *, already: Sequence[str]) -> list[str]:
-    n_left_out = trajectory.n_evaluations - trajectory.n_calls
-    effect = (
-        f"{n_left_out} of {trajectory.n_evaluations} network calls were guessed: the picture differs from the full one"
-    )
-    if not n_left_out:
-        effect = f"{trajectory.n_evaluations} network calls are too few to leave any out"
-    told = f"step_cache {drawing.step_cache!r}: {effect}"
-    return [] if told in already else [told]
 
 
 def _as_ours(exc: Exception, job: Job) -> EngineFailed:

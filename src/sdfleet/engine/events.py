@@ -11,7 +11,9 @@ from sdfleet.errors import SdfleetError
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
-WeightsChoice = Literal["auto", "fp8"]
+WeightFormat = Literal["fp8", "int8", "nf4"]
+WeightsChoice = Literal["auto", "fp8", "int8", "nf4"]
+TextWeightsChoice = Literal["auto", "full", "fp8", "int8", "nf4"]
 MemoryMode = Literal["auto", "fast", "eco"]
 CompileChoice = Literal["auto", "off", "on"]
 ExecutorChoice = Literal["auto", "torch", "openvino", "int8"]
@@ -21,7 +23,8 @@ ExecutorChoice = Literal["auto", "torch", "openvino", "int8"]
 class EngineOptions:
     """How one engine uses its device.
 
-    weights: fp8 keeps large weights in 8 bits: about half the memory, slower steps, other pictures; auto: as dtype.
+    weights: the format large weights are kept in: less memory, slower steps, other pictures; auto: as dtype.
+    text_weights: the same for large text encoders; auto: as `weights`, full: as dtype.
     max_rows: most network rows in one step (a guided picture takes two); None lets the batcher measure.
     memory_limit_bytes: most bytes for weights and activations together; None asks the device.
     n_threads: CPU threads for torch; None takes every core this process may use.
@@ -29,11 +32,13 @@ class EngineOptions:
         int8 tries 8-bit weights and activations too: faster on large networks, and changes the pictures.
     compile: torch.compile of the denoiser's blocks; auto: on a card, after the first pictures. Unmeasured there.
     cache_folder: for what was converted; None keeps nothing on disk.
+    rehearses: on a CPU, calls of sizes not needed so far are made while there is nothing to draw (`rehearsal.py`).
     """
 
     device: DeviceChoice = "auto"
     dtype: DtypeChoice = "auto"
     weights: WeightsChoice = "auto"
+    text_weights: TextWeightsChoice = "auto"
     memory_mode: MemoryMode = "auto"
     max_rows: int | None = None
     memory_limit_bytes: int | None = None
@@ -41,6 +46,7 @@ class EngineOptions:
     executor: ExecutorChoice = "auto"
     compile: CompileChoice = "auto"
     cache_folder: str | None = None
+    rehearses: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

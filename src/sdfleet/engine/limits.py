@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdfleet.domain import Drawing
@@ -21,6 +22,7 @@ from sdfleet.engine.devices import Device, choose_device
 from sdfleet.engine.events import DeviceChoice, DtypeChoice
 from sdfleet.engine.families import FAMILIES
 from sdfleet.engine.families.base import NetworkRows
+from sdfleet.engine.footprint import with_made_mask
 from sdfleet.engine.prompt_cache import PromptCache
 
 # On a card larger products come closer to the limit; two cores would need seconds for one.
@@ -53,7 +55,7 @@ def count_work(drawing: Drawing) -> Work:
     components = Components(Path(drawing.checkpoint), meta)
     family = FAMILIES[drawing.family](components, meta, PromptCache(0))
     for name in family.text_encoders(drawing):
-        components.use(name).register_forward_pre_hook(_with_made_mask, with_kwargs=True)
+        components.use(name).register_forward_pre_hook(with_made_mask, with_kwargs=True)
     with torch.inference_mode():
         prompts, encode = _counted(lambda: family.encode(drawing))
         told = [part for part in (prompts.positive, prompts.negative) if part is not None]
@@ -62,7 +64,8 @@ def count_work(drawing: Drawing) -> Work:
             latents=latents.expand(len(told), *latents.shape[1:]),
             timestep=torch.empty(len(told), device="meta"),
             guidance=torch.empty(len(told), device="meta"),
-            states=torch.stack([part.states for part in told]),
+            # As the engine does: the shorter of two prompts is filled up where a family lets their lengths differ.
+            states=pad_sequence([part.states for part in told], batch_first=True),
             n_tokens=tuple(part.states.shape[0] for part in told),
             pooled=None if told[0].pooled is None else torch.stack([p.pooled for p in told if p.pooled is not None]),
             extra=None,
@@ -107,16 +110,6 @@ def _finish(device: Device, product: torch.Tensor) -> None:
     """Wait for a card: it answers before it has computed."""
     if device.kind != "cpu":
         product[0, 0].item()
-
-
-def _with_made_mask(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Making a mask takes numbers, which a meta tensor has not; transformers' language models take ready ones too.
-
-    None among them is the plain causal mask: padding changes what is computed, not how much.
-    """
-    if "attention_mask" in kwargs:
-        kwargs = {**kwargs, "attention_mask": {"full_attention": None, "sliding_attention": None}}
-    return args, kwargs
 
 
 def _counted(call: Callable[[], Any]) -> tuple[Any, int]:

@@ -15,12 +15,14 @@ from typing import Literal
 from sdfleet.engine.events import MemoryMode
 from sdfleet.errors import OutOfMemory
 
-# all: every component stays on the device. by_phase: only what the present phase uses.
-Residency = Literal["all", "by_phase"]
+# all: every component stays on the device. by_phase: only what the present phase uses. by_layer: of that, only the
+# block of a network that is at work and the next, see by_layer.py.
+Residency = Literal["all", "by_phase", "by_layer"]
 
 Rung = Literal[
-    "fewer_rows", "drop_idle_components", "tile_vae", "offload_text_encoders", "offload_all", "smaller_picture"
-]
+    "fewer_rows", "drop_idle_components", "tile_vae", "offload_text_encoders", "offload_all", "offload_layers",
+    "smaller_picture",
+]  # fmt: skip
 # In this order after an out-of-memory; each is tried once for the step that failed, `fewer_rows` until one picture is
 # left. `smaller_picture` changes what the user gets, so it is taken only by a request that allows it.
 LADDER: tuple[Rung, ...] = (
@@ -29,6 +31,7 @@ LADDER: tuple[Rung, ...] = (
     "tile_vae",
     "offload_text_encoders",
     "offload_all",
+    "offload_layers",
     "smaller_picture",
 )
 
@@ -38,11 +41,16 @@ _HEADROOM = 0.10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Bytes of one checkpoint's components once loaded in the device's formats."""
+    """Bytes of one checkpoint's components once loaded in the device's formats.
+
+    text_by_layer, denoiser_by_layer: the most that is held when networks come block by block; None: they cannot.
+    """
 
     text: int
     denoiser: int
     vae: int
+    text_by_layer: int | None = None
+    denoiser_by_layer: int | None = None
 
     @property
     def total(self) -> int:
@@ -67,7 +75,8 @@ def plan(
 
     activation_bytes: one denoiser call for one picture. decode_bytes: decoding one picture untiled.
     free_bytes: what the device has for this checkpoint. mode: `fast` takes only the fastest arrangement, `eco` only the
-    leanest. Raises OutOfMemory, with the numbers, when nothing fits.
+    leanest that it does not have to wait for, and only where that does not fit either the slow one by layer.
+    Raises OutOfMemory, with the numbers, when nothing fits.
     """
     room = int(free_bytes * (1 - _HEADROOM))
     tiled_bytes = decode_bytes // 4
@@ -81,13 +90,19 @@ def plan(
         arrangements = arrangements[:1]
     elif mode == "eco":
         arrangements = arrangements[3:]
+    if mode != "fast" and (weights.text_by_layer is not None or weights.denoiser_by_layer is not None):
+        arrangements.append(("by_layer", True))
     leanest = 0
     for residency, tiled in arrangements:
         decode = tiled_bytes if tiled else decode_bytes
         if residency == "all":
             peak = weights.total + max(activation_bytes, decode)
         else:
-            peak = max(weights.text, weights.denoiser + activation_bytes, weights.vae + decode)
+            text, denoiser = weights.text, weights.denoiser
+            if residency == "by_layer":
+                text = text if weights.text_by_layer is None else weights.text_by_layer
+                denoiser = denoiser if weights.denoiser_by_layer is None else weights.denoiser_by_layer
+            peak = max(text, denoiser + activation_bytes, weights.vae + decode)
         leanest = peak
         if peak <= room:
             reason = f"{_gb(peak)} of {_gb(room)} with components resident {residency.replace('_', ' ')}"

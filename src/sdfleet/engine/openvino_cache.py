@@ -31,7 +31,8 @@ _FORMAT = 1
 # SD 1.5 is 3.4 GB, SDXL 10 GB, SD3.5 medium 9 GB in float32; the least recently used go first.
 _MOST_BYTES = 30_000_000_000
 _ABANDONED_S = 24 * 3600
-_NICENESS = 10
+# A conversion only begins in a pause, but jobs may come while it runs: they go first, as far as the system can tell.
+_NICENESS = 19
 
 
 class ConversionFailed(Exception):

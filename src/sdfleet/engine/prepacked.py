@@ -37,10 +37,15 @@ def arrange(network: Any) -> Any:
     weights = list(network.parameters())
     if not weights or any(weight.dtype != torch.bfloat16 or weight.device.type != "cpu" for weight in weights):
         return network
-    if torch.backends.mkldnn.is_available() and sum(weight.nbytes for weight in weights) <= _MOST_BYTES:
+    if is_packed_when_arranged(sum(weight.nbytes for weight in weights)):
         prepack(network)
         return network
     return network.to(memory_format=torch.channels_last)
+
+
+def is_packed_when_arranged(n_bytes: int) -> bool:
+    """Whether `arrange` would pack a bfloat16 network of this size on a CPU."""
+    return torch.backends.mkldnn.is_available() and n_bytes <= _MOST_BYTES
 
 
 def prepack(network: nn.Module, *, timed: Timed | None = None) -> None:

@@ -11,8 +11,8 @@ Strange text is text, never an error:
 - A bracket left open counts until the end of the prompt; a closing one without a partner is written as it stands.
 - `(a:b)` is `a:b` in plain round brackets, because `b` is no number.
 - A backslash before anything but a bracket or a backslash is kept (the web UI drops it).
-- `[from:to:when]`, `[a|b]`, `AND` and `<lora:...>` mean something to the web UI's other parts and nothing here:
-  they are read by the rules above.
+- `[from:to:when]`, `[a|b]` and `AND` mean something to the web UI's other parts and nothing here: they are read by
+  the rules above. `<lora:...>` is taken out before a prompt comes here, see engine/prompt_tags.py.
 
 Only a weight outside 0 to 10, or brackets nested past all sense, is refused, with its place in the prompt.
 """
@@ -121,11 +121,13 @@ def split_into_chunks(
     *,
     window: int,
     comma_id: int | None = None,
+    goes_on: Callable[[int], bool] | None = None,
 ) -> tuple[Chunk, ...]:
     """The prompt's tokens in windows of at most `window`, in order, none lost; at least one chunk.
 
     tokenize: text -> ids without special tokens. Fragments are tokenized one by one, as the web UI does.
     A section longer than a window is cut after the last comma of its last 20 tokens if there is one.
+    goes_on: whether an id belongs together with the one before it; no cut is made there unless a window holds no other.
     A BREAK always ends a chunk, so "BREAK a" begins with an empty one; a BREAK at the very end adds none.
 
     >>> words = {",": 0, "red": 1, "cat": 2, "moon": 3}
@@ -143,6 +145,9 @@ def split_into_chunks(
         start = 0
         while len(tokens) - start > window:
             end = _end_of_chunk(tokens, start=start, window=window, comma_id=comma_id)
+            while goes_on is not None and end > start and goes_on(tokens[end][0]):
+                end -= 1
+            end = end if end > start else start + window
             chunks.append(_chunk(tokens[start:end]))
             start = end
         chunks.append(_chunk(tokens[start:]))

@@ -13,8 +13,9 @@ from sdfleet.engine.conditioning import Conditioning, Room
 class PromptKey:
     """Everything that decides the numbers of an encoded prompt.
 
-    checkpoint: the weights, with whatever was merged into them. encoder: the join and its parts, like "sd3 without t5".
+    checkpoint: the weights. encoder: the join and its parts, like "sd3 without t5".
     text: the prompt as it was written, weights and all. is_zero_when_empty: see conditioning.sdxl_conditioning.
+    adapters: LoRAs on the text encoders, and embeddings whose names may be in the text.
     """
 
     checkpoint: str
@@ -22,6 +23,7 @@ class PromptKey:
     text: str
     room: Room
     is_zero_when_empty: bool = False
+    adapters: tuple[object, ...] = ()
 
 
 class PromptCache:

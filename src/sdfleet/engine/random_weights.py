@@ -13,15 +13,17 @@ import json
 import math
 import string
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from zlib import crc32
 
 import torch
 from safetensors import safe_open
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from sdfleet.engine.networks.choice import own_network
 from sdfleet.errors import BrokenCheckpoint, UnsupportedByModel
 
 if TYPE_CHECKING:
@@ -57,14 +59,20 @@ def write_checkpoint(architecture: Architecture, folder: Path, *, seed: int = 0)
         _write_hole(_tensors(module), folder / name / f"{stem}.safetensors", seed=seed)
         if name.startswith("text_encoder"):
             tokenizer = name.replace("text_encoder", "tokenizer")
-            written = _tokenizer(part)
-            written.save_pretrained(str(folder / tokenizer))
-            index[tokenizer] = ["transformers", type(written).__name__]
+            index[tokenizer] = ["transformers", _write_tokenizer(part, folder / tokenizer)]
     _write_json(folder / "model_index.json", index)
 
 
 def on_meta(part: Part) -> Any:
-    """The component's module without memory for its weights: for names, shapes and counting."""
+    """The component's module without memory for its weights: for names, shapes and counting.
+
+    Our own network where there is one: its weights have the published names, and diffusers and transformers, which
+    take five seconds to import, are left alone.
+    """
+    build = own_network(part.class_name, part.config)
+    if build is not None:
+        with torch.device("meta"):
+            return build()
     library: Any = __import__(_library(part.class_name))
     cls = getattr(library, part.class_name)
     with torch.device("meta"):
@@ -79,19 +87,29 @@ def is_random(file: Path) -> bool:
         return _MARK in (opened.metadata() or {})
 
 
-def draw(files: Sequence[Path], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def draw(
+    files: Sequence[Path],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: Collection[str] | None = None,
+    pools: dict[int, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Every tensor of the files by its name, made on `device` in `dtype` at once; never in a wider format first.
 
     Matrices and kernels are normal, scaled by what they sum over, so that activations keep their size through any
     number of layers; norms are 1 and biases 0. The same seed gives the same numbers on every device, but for rounding.
     On the device `meta` nothing is drawn, and the files may be any: only names and shapes are looked at.
+    only: the names to draw, all where None. pools: what was drawn from the last time, by seed, for who asks often.
     """
     tensors: dict[str, Tensor] = {}
-    pools: dict[int, Tensor] = {}
+    pools = {} if pools is None else pools
     for file in files:
         with safe_open(file, framework="pt") as opened:
             seed = int((opened.metadata() or {}).get(_MARK, 0))
             for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                if only is not None and name not in only:
+                    continue
                 cut = opened.get_slice(name)
                 shape = tuple(cut.get_shape())
                 kind = _INDEX_DTYPES.get(cut.get_dtype(), dtype)
@@ -162,7 +180,11 @@ def _write_hole(tensors: Mapping[str, Tensor], file: Path, *, seed: int) -> None
 
 
 def _write_config(module: Any, part: Part, folder: Path) -> None:
-    if _library(part.class_name) == "diffusers":
+    if own_network(part.class_name, part.config) is not None:
+        is_text = _library(part.class_name) == "transformers"
+        known = {"architectures": [part.class_name]} if is_text else {"_class_name": part.class_name}
+        _write_json(folder / "config.json", {**known, **part.config})
+    elif _library(part.class_name) == "diffusers":
         module.save_config(str(folder))
     else:
         module.config.architectures = [part.class_name]
@@ -173,18 +195,31 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+def _write_tokenizer(part: Part, folder: Path) -> str:
+    """A tokenizer that spells: every byte is a token. Returns its class.
+
+    Its ids are all below 1024, which every vocabulary holds.
+    """
+    if not part.class_name.startswith("CLIP"):
+        written = _tokenizer(part)
+        written.save_pretrained(str(folder))
+        return type(written).__name__
+    folder.mkdir()
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *_TOKEN_MARKS]
+    begin, end = _TOKEN_MARKS
+    marks = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
+    _write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", {**marks, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+    return "CLIPTokenizer"
+
+
 def _tokenizer(part: Part) -> Any:
-    """A tokenizer that spells: every byte is a token. Its ids are all below 1024, which every vocabulary holds."""
+    """One of transformers' own classes."""
     import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
-    if part.class_name.startswith("CLIP"):
-        tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *_TOKEN_MARKS]
-        return transformers.CLIPTokenizer(
-            vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77,
-            pad_token=_TOKEN_MARKS[1],
-        )  # fmt: skip
     if part.class_name.startswith("T5"):
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
         pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]

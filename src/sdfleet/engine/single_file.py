@@ -6,7 +6,7 @@ that take their weights apart when they are called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +90,19 @@ def _format(dtype: str) -> _Format:
 
 
 def read_component(
-    file: Path, component: str, *, dtype: torch.dtype, device: str, without: tuple[str, ...] = (), packs: bool = False
+    file: Path,
+    component: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    without: tuple[str, ...] = (),
+    only: Collection[str] | None = None,
+    packs: bool = False,
 ) -> dict[str, Any]:
     """The weights of one component of a single file by the component's own names, floating point ones in `dtype`.
 
     packs: give matrices that GGUF stores in blocks as `Packed`. without: beginnings of names to pass over.
+    only: the names to read, all where None.
     Raises BrokenCheckpoint, PickleRefused and UnsupportedByModel.
     """
     header = read_any_header(file)
@@ -102,7 +110,7 @@ def read_component(
     weights: dict[str, Any] = {}
     with _opened(file) as read:
         for name, piece in pieces.items():
-            if name.startswith(without):
+            if name.startswith(without) or (only is not None and name not in only):
                 continue
             if device == "meta":
                 weights[name] = torch.empty(piece.shape(header.shapes), dtype=dtype, device="meta")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sdfleet.domain import Lora
 from sdfleet.engine.compiling import filled_up
 from sdfleet.engine.devices import sent
 from sdfleet.engine.families.base import LatentFamily, NetworkRows
@@ -18,6 +19,7 @@ class StepBatch:
     """n trajectories of one key, m network rows: the negative halves of the guided ones first, then everybody.
 
     fills_up: the network is given a number of rows that is a power of two; copies of the last row fill it up.
+    call: what the network was given last. loras: what the network has on; one set for all.
     """
 
     # Compiled blocks tell tensors made in this mode from others, and would be compiled for both.
@@ -29,8 +31,11 @@ class StepBatch:
         *,
         size_px: tuple[int, int],
         fills_up: bool = False,
+        loras: Sequence[Lora] = (),
     ) -> None:
         self.trajectories = tuple(trajectories)
+        self._loras = loras
+        self.call: NetworkRows | None = None
         self._family = family
         self._size_px = size_px
         device = family.device.torch_device
@@ -70,18 +75,18 @@ class StepBatch:
         latents = torch.cat([t.latents for t in self.trajectories])
         evaluations = [t.evaluation for t in self.trajectories]
         places = sent(torch.tensor([(e.timestep, e.alpha, e.sigma) for e in evaluations]), latents.device)
-        answer = self._family.predict(
-            NetworkRows(
-                latents=latents[self._rows],
-                timestep=places[:, 0][self._rows],
-                guidance=self._row_guidance,
-                states=self._states,
-                n_tokens=self._n_tokens,
-                pooled=self._pooled,
-                extra=self._extra,
-                size_px=self._size_px,
-            )
-        )[: self.n_rows]
+        self.call = NetworkRows(
+            latents=latents[self._rows],
+            timestep=places[:, 0][self._rows],
+            guidance=self._row_guidance,
+            states=self._states,
+            n_tokens=self._n_tokens,
+            pooled=self._pooled,
+            extra=self._extra,
+            size_px=self._size_px,
+        )
+        with self._family.loras.on_denoiser(self._loras, self._family.denoiser):
+            answer = self._family.predict(self.call)[: self.n_rows]
         alpha, sigma = (places[:, column].view(-1, 1, 1, 1) for column in (1, 2))
         denoised = to_denoised(self._guide(answer), latents, alpha, sigma, self._family.schedule)
         for row, trajectory in enumerate(self.trajectories):

@@ -44,6 +44,16 @@ def left_out(mode: StepCache, n_evaluations: int) -> frozenset[int]:
     return frozenset(position for n, position in enumerate(middle, start=1) if n % _ONE_OF[mode])
 
 
+def told_of(mode: StepCache, *, n_evaluations: int, n_calls: int) -> str:
+    """What the mode does to a picture of so many evaluations, of which so many are calls of the network."""
+    if n_calls == n_evaluations:
+        return f"step_cache {mode!r}: {n_evaluations} network calls are too few to leave any out"
+    return (
+        f"step_cache {mode!r}: {n_evaluations - n_calls} of {n_evaluations} network calls were guessed: the picture "
+        "differs from the full one"
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Forecast:
     """The last answers of one picture's network calls, and what follows from them for a call that is left out.

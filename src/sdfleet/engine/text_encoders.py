@@ -6,6 +6,7 @@ is read in as many windows as it takes (CLIP) or with more room (T5): nothing is
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from sdfleet.domain import TokenCount
 from sdfleet.engine.networks.tokenizer import ClipTokenizer
 from sdfleet.engine.prompt import Chunk, Prompt, split_into_chunks, weights_by_character
+from sdfleet.engine.textual_inversion import Words
 from sdfleet.errors import InvalidValue
 
 # Which of CLIP's layers is read. "last": after the final layer norm, as StableDiffusionPipeline does.
@@ -25,6 +27,8 @@ ClipLayer = Literal["last", "penultimate"]
 
 # StableDiffusion3Pipeline's max_sequence_length: SD3 was trained with T5 padded to this.
 T5_MIN_LENGTH = 256
+# One window with its begin and end marks, in every checkpoint of the field.
+CLIP_LENGTH = 77
 T5_LENGTH_STEP = 64
 # T5's positions are relative, so it has no length of its own; past this a prompt is a mistake, and attention in both
 # T5 and the denoiser grows with the square of it.
@@ -38,12 +42,14 @@ class ClipEncoder:
     tokenizer: a ClipTokenizer, or transformers'.
     module: CLIPTextModel or CLIPTextModelWithProjection, see text_weights.load_clip_text_encoder.
     layer: which of its states the checkpoint's denoiser was trained on.
+    words: embeddings, which are read where a prompt names them.
     """
 
     name: str
     tokenizer: Any
     module: Any
     layer: ClipLayer
+    words: Words | None = None
 
     @property
     def length(self) -> int:
@@ -62,11 +68,16 @@ class T5Encoder:
     min_length: int = T5_MIN_LENGTH
 
 
-def clip_chunks(tokenizer: Any, prompt: Prompt, *, window: int) -> tuple[Chunk, ...]:
+def clip_chunks(tokenizer: Any, prompt: Prompt, *, window: int, words: Words | None = None) -> tuple[Chunk, ...]:
     """The prompt in windows of `window` tokens, see prompt.split_into_chunks."""
     tokenize = partial(_plain_ids, tokenizer)
     comma = tokenize(",")
-    return split_into_chunks(prompt, tokenize, window=window, comma_id=comma[0] if len(comma) == 1 else None)
+    comma_id = comma[0] if len(comma) == 1 else None
+    if words is None:
+        return split_into_chunks(prompt, tokenize, window=window, comma_id=comma_id)
+    return split_into_chunks(
+        prompt, partial(words.ids, tokenize), window=window, comma_id=comma_id, goes_on=Words.goes_on
+    )
 
 
 def encode_clip(clip: ClipEncoder, prompt: Prompt, *, n_chunks: int | None = None) -> tuple[Tensor, Tensor, TokenCount]:
@@ -80,7 +91,7 @@ def encode_clip(clip: ClipEncoder, prompt: Prompt, *, n_chunks: int | None = Non
     """
     _refuse_float16_on_cpu(clip.module)
     window = clip.length - 2
-    chunks = clip_chunks(clip.tokenizer, prompt, window=window)
+    chunks = clip_chunks(clip.tokenizer, prompt, window=window, words=clip.words)
     counted = TokenCount(
         encoder=clip.name, n_tokens=sum(len(chunk.ids) for chunk in chunks), window=window, n_chunks=len(chunks)
     )
@@ -160,7 +171,8 @@ def _encode_window(clip: ClipEncoder, chunk: Chunk, *, window: int) -> tuple[Ten
     tokenizer, n_pads = clip.tokenizer, window - len(chunk.ids)
     ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * n_pads]
     # The pipelines mask the padding for CLIP only where the config asks for it; no checkpoint we serve does.
-    with torch.no_grad():
+    reading = contextlib.nullcontext(ids) if clip.words is None else clip.words.in_place(ids, clip.module)
+    with torch.no_grad(), reading as ids:
         out = clip.module(
             torch.tensor([ids], device=clip.module.device), output_hidden_states=clip.layer == "penultimate"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdfleet.engine.networks.choice import own_network
+from sdfleet.engine.prequantised import KEY, format_of, put_in
 from sdfleet.engine.weight_files import fill, json_of, read_weights
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, InvalidValue
 
@@ -60,13 +61,16 @@ def _transformers_clip(
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def load_t5_encoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A T5EncoderModel, ready to encode. The decoder of a whole T5 is passed over. Raises as above."""
+def load_t5_encoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu", read_into: str | None = None) -> Any:
+    """A T5EncoderModel, ready to encode. The decoder of a whole T5 is passed over. Raises as above.
+
+    read_into: where its weights are put for now if not on the device that will compute with them.
+    """
     from transformers import T5Config, T5EncoderModel
 
     _refuse_float16_on_cpu(dtype, device)
-    config = T5Config.from_dict(_config(folder))
-    weights = read_weights(folder, dtype=dtype, device=device, without=("decoder.", "lm_head."))
+    config = T5Config.from_dict(_plain(_config(folder), folder))
+    weights = read_weights(folder, dtype=dtype, device=read_into or device, without=("decoder.", "lm_head."))
     # One table under two names; a file may hold either or both.
     table = weights.pop("encoder.embed_tokens.weight", None)
     if table is not None:
@@ -75,12 +79,13 @@ def load_t5_encoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") ->
         weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     with torch.device("meta"):
         module = T5EncoderModel(config)
+    weights = put_in(module, weights, dtype=dtype, where=str(folder))
     fill(module, weights, folder=folder)
     module.set_input_embeddings(module.shared)
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def load_qwen3(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Any:
+def load_qwen3(folder: Path, *, dtype: torch.dtype, device: str = "cpu", read_into: str | None = None) -> Any:
     """A Qwen3Model, ready to encode, also of a Qwen3ForCausalLM: nothing here writes text. Raises as above.
 
     The causal model's file has the prefix `model.`, and its head only where that is not the embedding table again.
@@ -88,11 +93,12 @@ def load_qwen3(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     _refuse_float16_on_cpu(dtype, device)
-    config = Qwen3Config.from_dict(_config(folder))
-    read = read_weights(folder, dtype=dtype, device=device, without=("lm_head.",))
+    config = Qwen3Config.from_dict(_plain(_config(folder), folder))
+    read = read_weights(folder, dtype=dtype, device=read_into or device, without=("lm_head.",))
     with torch.device("meta"):
         module = Qwen3Model(config)
-    fill(module, {name.removeprefix("model."): tensor for name, tensor in read.items()}, folder=folder)
+    weights = {name.removeprefix("model."): tensor for name, tensor in read.items()}
+    fill(module, put_in(module, weights, dtype=dtype, where=str(folder)), folder=folder)
     # Not saved either: frequencies that the config gives, born on the meta device with the rest.
     module.rotary_emb = type(module.rotary_emb)(config=config).to(device)
     return module.eval().requires_grad_(requires_grad=False)
@@ -101,6 +107,12 @@ def load_qwen3(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Any:
 def _refuse_float16_on_cpu(dtype: torch.dtype, device: str) -> None:
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         raise InvalidValue("dtype", "float16 does not run on a CPU", hint="use bfloat16 or float32")
+
+
+def _plain(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config without what transformers would do about quantised weights. Raises UnsupportedByModel as they ask."""
+    format_of(config, where=str(folder))
+    return {name: value for name, value in config.items() if name != KEY}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -7,24 +7,25 @@ samplers, positions and histories is one weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sdfleet.domain import JobId
+from sdfleet.domain import Drawing, JobId
 from sdfleet.engine.devices import sent
-from sdfleet.engine.families.base import Blend, PromptPair, Start
+from sdfleet.engine.families.base import Blend, LatentFamily, PromptPair, Source, Start
 from sdfleet.engine.foreign_samplers import ForeignSampler
 from sdfleet.engine.noise_schedule import NoiseSchedule
-from sdfleet.engine.samplers import Evaluation, Plan
-from sdfleet.engine.step_cache import Forecast
+from sdfleet.engine.samplers import Evaluation, Plan, make_sampler
+from sdfleet.engine.step_cache import Forecast, left_out
 from sdfleet.errors import EngineFailed
 
 # Places of the tensors in an Evaluation's coefficients.
 _X, _DENOISED, _PREVIOUS, _BEFORE_PREVIOUS, _SAVED, _NOISE = range(6)
 _KEEP_SAVED = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+_SEEDS = 2**64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +91,42 @@ class Trajectory:
     def n_rows(self) -> int:
         """Rows taken in a step batch."""
         return 2 if self.is_guided else 1
+
+
+def begin_all(
+    drawing: Drawing, family: LatentFamily, prompts: PromptPair, source: Source, *, first_id: int
+) -> Iterator[Trajectory]:
+    """The pictures of a drawing, one after the other, each at its beginning with a seed of its own.
+
+    source: of the same drawing. first_id: the id of the first picture; the others have those that follow.
+    """
+    from_noise = drawing.task == "txt2img" or (drawing.task == "inpaint" and drawing.strength == 1)
+    for index in range(drawing.n_images):
+        seed = (drawing.seed + index) % _SEEDS
+        generator = torch.Generator().manual_seed(seed)
+        sampler = make_sampler(
+            drawing.sampler,
+            family.schedule,
+            n_steps=drawing.steps,
+            strength=family.strength(drawing),
+            n_latent_tokens=family.n_latent_tokens(drawing),
+        )
+        start = family.start(drawing, source, generator)
+        guessed = left_out(drawing.step_cache, len(sampler.evaluations))
+        yield Trajectory(
+            id=first_id + index,
+            job_id=drawing.job_id,
+            image_index=index,
+            seed=seed,
+            sampler=sampler,
+            generator=generator,
+            prompts=prompts,
+            guidance=family.guidance_weight(drawing),
+            latents=first_latents(sampler, start, from_noise=from_noise),
+            blend=start.blend,
+            extra=start.extra,
+            forecast=Forecast(left_out=guessed, draws_noise=sampler.draws_noise) if guessed else None,
+        )
 
 
 def first_latents(sampler: Plan | ForeignSampler, start: Start, *, from_noise: bool) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from sdfleet.catalog.single_file.origins import read_origin
 from sdfleet.engine import random_weights
+from sdfleet.engine.prequantised import is_beside_a_weight
 from sdfleet.engine.single_file import read_component
 from sdfleet.errors import BrokenCheckpoint, PickleRefused
 
 _SHOWN_NAMES = 3
+# T5 has one table under two names; a file may hold either.
+_SECOND_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
 
 
 def read_weights(
@@ -42,12 +46,66 @@ def read_weights(
                 for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     if not name.startswith(without):
                         tensor = file.get_tensor(name)
-                        weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                        is_number = tensor.is_floating_point() and not is_beside_a_weight(name)
+                        weights[name] = tensor.to(dtype) if is_number else tensor
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{path} is missing", hint="download the checkpoint again") from error
         except SafetensorError as error:
             raise BrokenCheckpoint(f"{path} cannot be read: {error}", hint="download the checkpoint again") from error
     return weights
+
+
+class WeightSource:
+    """One component's weights, to be read a few at a time and as often as is liked.
+
+    stem: as `read_weights`. Raises as it does.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, stem: str) -> None:
+        self._dtype = dtype
+        self._component = folder.name
+        origin = read_origin(folder)
+        self._single = origin.path if origin is not None and origin.n_file_bytes is not None else None
+        self._random: set[Path] = set()
+        self._pools: dict[int, Tensor] = {}
+        self._places: dict[str, Path] = {}
+        if self._single is not None:
+            self._places = dict.fromkeys(
+                read_component(self._single, folder.name, dtype=dtype, device="meta"), self._single
+            )
+            return
+        for path in _weight_files(folder if origin is None else origin.path, stem):
+            with _opened(path) as file:
+                self._places |= dict.fromkeys(file.keys(), path)
+            if random_weights.is_random(path):
+                self._random.add(path)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These weights by the names that the module has for them, in the format of computing, on the CPU."""
+        called = {self._in_file(name): name for name in names}
+        found: dict[str, Tensor] = {}
+        if self._single is not None:
+            found = read_component(self._single, self._component, dtype=self._dtype, device="cpu", only=called)
+        else:
+            for path in dict.fromkeys(self._places[name] for name in called):
+                found |= self._from(path, [name for name in called if self._places[name] == path])
+        return {called[name]: tensor for name, tensor in found.items()}
+
+    def _from(self, path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+        if path in self._random:
+            return random_weights.draw(
+                [path], dtype=self._dtype, device=torch.device("cpu"), only=names, pools=self._pools
+            )
+        with _opened(path) as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+        return {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+    def _in_file(self, name: str) -> str:
+        """What the file calls it: text encoders are saved with a prefix or without, and T5's table under two names."""
+        for prefix in ("", "model.", "text_model."):
+            if prefix + name in self._places:
+                return prefix + name
+        return _SECOND_NAMES.get(name, name)
 
 
 def fill(module: Any, weights: Mapping[str, Tensor], *, folder: Path) -> None:
@@ -66,6 +124,17 @@ def fill(module: Any, weights: Mapping[str, Tensor], *, folder: Path) -> None:
     if faults:
         raise BrokenCheckpoint(f"{folder} {'; '.join(faults)}", hint="the weights and config.json do not fit together")
     module.load_state_dict(weights, strict=True, assign=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{path} is missing", hint="download the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise BrokenCheckpoint(f"{path} cannot be read: {error}", hint="download the checkpoint again") from error
 
 
 def json_of(path: Path) -> dict[str, Any]:

@@ -20,18 +20,17 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import types
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Literal, NewType, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 from sdfleet.domain import Drawing, JobId, Progress
 from sdfleet.engine.events import EngineOptions, Event, JobDone, JobFailed, PictureDone
-from sdfleet.errors import SdfleetError, from_wire
+from sdfleet.errors import SdfleetError
+from sdfleet.plain import Misfit, from_plain, to_plain
 
 # Raised by one whenever a message changes shape; both sides must agree.
-PROTOCOL = 1
+PROTOCOL = 2
 
 # Two prompts of 16 000 characters, every one escaped to twelve bytes of JSON, are 400 kB.
 MAX_HEADER_BYTES = 2**20
@@ -56,7 +55,10 @@ class BrokenMessage(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Draw this. Answered by any number of Progress and PictureDone, then one JobDone or JobFailed."""
+    """Draw this. Answered by any number of Progress and PictureDone, then one JobDone or JobFailed.
+
+    A drawing of no pictures only loads its checkpoint.
+    """
 
     drawing: Drawing
 
@@ -74,6 +76,21 @@ class Watch:
 
     job_id: JobId
     previews: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """Let a checkpoint leave the device. Answered, under an id of its own, by a JobDone or a JobFailed (InUse)."""
+
+    job_id: JobId
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """These checkpoints, and no others, must not leave to make room."""
+
+    checkpoints: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +120,12 @@ class Fault:
     error: SdfleetError
 
 
-Command = Submit | Cancel | Watch | Close
+Command = Submit | Cancel | Watch | Unload | Pin | Close
 Report = Ready | Facts | Event | Fault
 
-_COMMANDS: Mapping[str, type] = {"submit": Submit, "cancel": Cancel, "watch": Watch, "close": Close}
+_COMMANDS: Mapping[str, type] = {
+    "submit": Submit, "cancel": Cancel, "watch": Watch, "unload": Unload, "pin": Pin, "close": Close
+}  # fmt: skip
 _REPORTS: Mapping[str, type] = {
     "ready": Ready,
     "facts": Facts,
@@ -125,7 +144,7 @@ def encode(message: Command | Report) -> list[bytes]:
     Raises BrokenMessage for what cannot be said (a number that is not finite, a frame over the limits).
     """
     blobs: list[bytes] = []
-    body = cast("dict[str, object]", _to_plain(message, blobs))
+    body = cast("dict[str, object]", to_plain(message, blobs))
     job_id = _job_id_in(body)
     header = {"type": _NAMES[type(message)], "blobs": [len(blob) for blob in blobs], **body}
     try:
@@ -220,8 +239,8 @@ def _decode(frame: _Frame | None, table: Mapping[str, type]) -> object:
         theirs = str(header.get("protocol"))[:20]
         raise BrokenStream(f"the engine's process speaks protocol {theirs}, this one speaks {PROTOCOL}")
     try:
-        return _from_plain(kind, header, blobs, where=name)
-    except _Misfit as exc:
+        return from_plain(kind, header, blobs, where=name)
+    except Misfit as exc:
         raise BrokenMessage(str(exc), job_id=job_id) from exc
 
 
@@ -231,118 +250,14 @@ def _job_id_in(body: Mapping[str, object]) -> JobId | None:
     return JobId(job_id) if isinstance(job_id, str) else None
 
 
-# ------------------------------------------------------------------------------------ dataclasses <-> plain JSON values
-
-
-class _Misfit(Exception):
-    """A value that does not fit its field; becomes a BrokenMessage or a ValueError at the door of this file."""
-
-
-def _to_plain(value: object, blobs: list[bytes]) -> object:
-    """JSON values for a dataclass of ours; its bytes are appended to `blobs`."""
-    if isinstance(value, bytes):
-        blobs.append(value)
-        return {"blob": len(blobs) - 1}
-    if isinstance(value, SdfleetError):
-        return value.to_wire()
-    if is_dataclass(value):
-        return {each.name: _to_plain(getattr(value, each.name), blobs) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _to_plain(each, blobs) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_to_plain(each, blobs) for each in value]
-    return value
-
-
-def _from_plain(kind: object, value: object, blobs: Sequence[bytes], *, where: str) -> object:
-    """The inverse of `_to_plain`, strict: exact types, no unknown and no missing field. Raises _Misfit."""
-    if isinstance(kind, NewType):
-        return _from_plain(kind.__supertype__, value, blobs, where=where)
-    if kind is object:
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (str, int, bool, float):
-        return _checked(value, fits=type(value) is kind, where=where)
-    if kind is bytes:
-        return _blob(value, blobs, where=where)
-    if kind is SdfleetError:
-        return _error(value, where=where)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _dataclass(kind, value, blobs, where=where)
-    return _generic(kind, value, blobs, where=where)
-
-
-def _generic(kind: object, value: object, blobs: Sequence[bytes], *, where: str) -> object:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return _checked(value, fits=isinstance(value, str) and value in args, where=where)
-    if origin in (Union, types.UnionType):
-        (inner,) = (arg for arg in args if arg is not types.NoneType)
-        return None if value is None else _from_plain(inner, value, blobs, where=where)
-    if origin is tuple and isinstance(value, list):
-        inners = [args[0]] * len(value) if args[1:] == (...,) else list(args)
-        _checked(value, fits=len(inners) == len(value), where=where)
-        pairs = enumerate(zip(inners, value, strict=True))
-        return tuple(_from_plain(each, item, blobs, where=f"{where}[{i}]") for i, (each, item) in pairs)
-    if origin is Mapping and isinstance(value, dict):
-        return {name: _from_plain(args[1], item, blobs, where=f"{where}.{name}") for name, item in value.items()}
-    return _checked(value, fits=False, where=where)
-
-
-def _dataclass(kind: type, value: object, blobs: Sequence[bytes], *, where: str) -> object:
-    if not isinstance(value, dict):
-        raise _Misfit(f"{where}: an object was expected")
-    hints = _hints(kind)
-    unknown = sorted(value.keys() - hints.keys())
-    missing = sorted(_required(kind) - value.keys())
-    if unknown or missing:
-        raise _Misfit(f"{where}: unknown fields {unknown[:5]}, missing fields {missing[:5]}")
-    given = {name: _from_plain(hints[name], item, blobs, where=f"{where}.{name}") for name, item in value.items()}
-    try:
-        return kind(**given)
-    except SdfleetError as exc:
-        raise _Misfit(f"{where}: {exc}") from exc
-
-
-def _blob(value: object, blobs: Sequence[bytes], *, where: str) -> bytes:
-    index = value.get("blob") if isinstance(value, dict) and len(value) == 1 else None
-    if type(index) is not int or not 0 <= index < len(blobs):
-        raise _Misfit(f"{where}: no such blob")
-    return blobs[index]
-
-
-def _error(value: object, *, where: str) -> SdfleetError:
-    parts = {"code", "message", "hint"}
-    if not isinstance(value, dict) or value.keys() != parts or not all(isinstance(v, str) for v in value.values()):
-        raise _Misfit(f"{where}: an error is an object of code, message and hint")
-    return from_wire(value)
-
-
-def _checked(value: object, *, fits: bool, where: str) -> object:
-    if not fits:
-        raise _Misfit(f"{where}: {str(value)[:80]!r} does not fit")
-    return value
-
-
-@cache
-def _hints(kind: type) -> Mapping[str, object]:
-    return get_type_hints(kind)
-
-
-@cache
-def _required(kind: type) -> frozenset[str]:
-    return frozenset(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
-
-
 def encode_options(options: EngineOptions) -> str:
     """The options as one JSON argument for the child's command line."""
-    return json.dumps(_to_plain(options, []), allow_nan=False)
+    return json.dumps(to_plain(options, []), allow_nan=False)
 
 
 def decode_options(text: str) -> EngineOptions:
     """The inverse of `encode_options`; absent fields keep their defaults. Raises ValueError with what does not fit."""
     try:
-        return cast("EngineOptions", _from_plain(EngineOptions, json.loads(text), [], where="options"))
-    except _Misfit as exc:
+        return cast("EngineOptions", from_plain(EngineOptions, json.loads(text), [], where="options"))
+    except Misfit as exc:
         raise ValueError(str(exc)) from exc

@@ -105,6 +105,7 @@ class Board:
 
     def _line_up(self, job: Job) -> None:
         deadline_s = job.submission.deadline_s
+        shape = shape_of(job)
         waiting = Waiting(
             job_id=job.id,
             owner=job.submission.caller.owner,
@@ -112,8 +113,10 @@ class Board:
             model=job.request.model,
             priority=job.submission.priority,
             n_pictures=job.request.n_images,
-            cost=shape_of(job).cost,
+            cost=shape.cost,
             deadline_s=None if deadline_s is None else job.created_s + deadline_s,
+            megapixels=shape.width_px * shape.height_px / 2**20,
+            steps=shape.steps,
         )
         self.queue.add(waiting)
         self.wake.set()

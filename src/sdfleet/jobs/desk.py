@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NoReturn, Self
@@ -31,8 +31,10 @@ from sdfleet.errors import (
     ShuttingDown,
 )
 from sdfleet.jobs.board import Board, note
+from sdfleet.jobs.chooser import Chooser, OneDevice
 from sdfleet.jobs.drawer import DEVICE, OUTPUT_PATIENCE_S, Drawer
 from sdfleet.jobs.follower import Follower
+from sdfleet.jobs.ledger import Ledger
 from sdfleet.jobs.live import Live
 from sdfleet.jobs.observer import Observer, Silent
 from sdfleet.jobs.queue import AGING_S, PATIENCE_S, Waiting
@@ -94,6 +96,7 @@ class DeskLoad:
 class JobDesk:
     """See the file's first lines. Belongs to one event loop; started once; one desk for one store at a time.
 
+    chooser: who begins when; None: `OneDevice`. ledger: a second place where accepted jobs are written down.
     clock: seconds since 1970, as in the store's rows.
     """
 
@@ -107,6 +110,8 @@ class JobDesk:
         observer: Observer | None = None,
         webhooks: Webhooks | None = None,
         retention: Retention | None = None,
+        chooser: Chooser | None = None,
+        ledger: Ledger | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.options = DeskOptions() if options is None else options
@@ -116,7 +121,10 @@ class JobDesk:
         self._observer: Observer = Silent() if observer is None else observer
         self._webhooks = webhooks
         self._retention = retention
+        self._ledger = ledger
         self._board = Board(aging_s=self.options.aging_s, patience_s=self.options.patience_s, clock=clock)
+        self._chooser = OneDevice(self._board, max_pictures=self.options.max_pictures) if chooser is None else chooser
+        self._chooser.on_change(self._board.wake.set)
         self._drawer = Drawer(
             self._board,
             store=store,
@@ -299,6 +307,12 @@ class JobDesk:
         again = await self._store.requeue(job_id)
         if again is None:
             raise Conflict(f"job {job_id} was tried again by somebody else")
+        if self._ledger is not None:
+            try:
+                await self._ledger.again(again)
+            except SdfleetError as exc:
+                await self._store.cancel(job_id, exc.to_wire())
+                raise
         if not self._board.add(again):
             # The task that wrote its end down is about to see that it is queued again, and lets it line up.
             self._board.lives[job_id].is_cancelled = False
@@ -312,6 +326,19 @@ class JobDesk:
     async def thumbnail(self, output: Output) -> bytes:
         """A small WebP of a finished picture. Raises NotFound."""
         return await asyncio.to_thread(self._files.thumbnail, output)
+
+    def is_open(self, job_id: JobId) -> bool:
+        """Whether the job has not ended."""
+        return job_id in self._board.lives
+
+    def in_line(self) -> Iterator[Waiting]:
+        """What waits, in the order in which it would begin; to be read at once, before anything else happens."""
+        return self._board.queue.in_order(self._board.clock())
+
+    def running(self) -> tuple[JobStatus, ...]:
+        """Where every job stands that is being drawn, the longest first; without input pictures."""
+        lives = (self._board.lives.get(job_id) for job_id in self._board.running)
+        return tuple(live.status() for live in lives if live is not None)
 
     def load(self) -> DeskLoad:
         """How busy it is now."""
@@ -337,10 +364,25 @@ class JobDesk:
             raise
         if job.state == "queued":
             self._board.add(job)
+        if self._ledger is not None and not job.has_ended:
+            await self._entered(self._ledger, job)
         if is_new:
             note("job queued", job)
             self._observer.on_accepted(job)
         return job
+
+    async def _entered(self, ledger: Ledger, job: Job) -> None:
+        """Have the job in the ledger too. Raises what the ledger does; the job was not accepted then."""
+        try:
+            await ledger.enter(job)
+        except SdfleetError:
+            live = self._board.lives.get(job.id)
+            if live is None or not self._board.take_out(job.id):
+                return  # it has begun, or is done: its caller hears of that
+            await self._drawer.cancel(live, JobCancelled("it could not be accepted"))
+            # So that its Idempotency key is free for the next try.
+            await self._store.forget_jobs([job.id])
+            raise
 
     def _accepted(self, task: asyncio.Task[Job]) -> None:
         self._accepting.discard(task)
@@ -427,19 +469,12 @@ class JobDesk:
             now_s = board.clock()
             for late in board.queue.late(now_s):
                 tasks.create_task(self._expire(board.lives[late.job_id]))
-            while board.is_open and (waiting := self._next(now_s)) is not None:
+            while board.is_open and (waiting := self._chooser.next(board.queue, now_s=now_s)) is not None:
                 tasks.create_task(self._drawer.work(board.begin(waiting), board.lives[waiting.job_id]))
             deadline_s = board.queue.first_deadline_s()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - board.clock())):
                     await board.wake.wait()
-
-    def _next(self, now_s: float) -> Waiting | None:
-        """Who may go to the device now: while it has room, and finished pictures do not pile up before the disk."""
-        board, most = self._board, self.options.max_pictures
-        is_behind = board.n_storing > 2 * most
-        room = 0 if is_behind else most - board.device.n_pictures
-        return board.queue.next(now_s=now_s, room=room, n_running=board.device.n_pictures + is_behind)
 
     async def _expire(self, live: Live) -> None:
         error = DeadlineExceeded(f"job {live.job.id} was not begun in the time it had", hint="the queue is long")

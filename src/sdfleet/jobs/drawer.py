@@ -167,9 +167,11 @@ class Drawer:
             device=result.device,
             dtype=result.dtype,
             rungs=result.rungs,
+            withheld=result.withheld,
+            node=result.node,
             finished_s=self._board.clock(),
         )
-        if await self._insist(partial(self._finish, done), live) or await self._is_finished(done, live):
+        if await self._insist(partial(self._store.finish, done), live) or await self._is_finished(done, live):
             self._board.forecasts.learn(done, device_s=device_s)
             live.become(done)
             total_s = max(0.0, self._board.clock() - job.created_s)
@@ -189,17 +191,6 @@ class Drawer:
                 quality=submission.quality,
                 sampler_label=a1111_label(result.drawing.sampler),
             )
-        )
-
-    async def _finish(self, done: Job) -> bool:
-        return await self._store.finish(
-            done.id,
-            outputs=done.outputs,
-            warnings=done.warnings,
-            timings_s=done.timings_s,
-            device=done.device,
-            dtype=done.dtype,
-            rungs=done.rungs,
         )
 
     async def _is_finished(self, done: Job, live: Live) -> bool:

@@ -39,6 +39,7 @@ class Waiting:
     n_pictures: how much room it takes on the device. cost: how much of the device it takes, in any unit that is the
     same for all (the desk counts pixels times steps); an owner's turn comes by what its jobs cost.
     arrived_s, deadline_s: on one clock; after `deadline_s` nobody wants it any more.
+    megapixels, steps: of one picture, for whoever knows how long that takes where.
     """
 
     job_id: JobId
@@ -49,6 +50,8 @@ class Waiting:
     n_pictures: int = 1
     cost: float = 1.0
     deadline_s: float | None = None
+    megapixels: float = 0.0
+    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -148,8 +151,20 @@ class FairQueue:
         """When `late` will next have something to give."""
         return min((each.deadline_s for each in self if each.deadline_s is not None), default=None)
 
+    def take(self, job_id: JobId, *, now_s: float) -> Waiting | None:
+        """Take a job out because its turn has come, wherever it stands; None if it does not wait."""
+        key = self._keys.get(job_id)
+        if key is None:
+            return None
+        self._take(key[2], now_s)
+        return key[2]
+
     def order(self, now_s: float) -> list[JobId]:
         """All jobs in the order in which they will be taken if nobody else comes and all are of one model."""
+        return [waiting.job_id for waiting in self.in_order(now_s)]
+
+    def in_order(self, now_s: float) -> Iterator[Waiting]:
+        """The jobs of `order`, as far as they are asked for; the queue must not change meanwhile."""
         shares = {owner: line.share for owner, line in self._lines.items()}
         places = dict.fromkeys(self._lines, 0)
 
@@ -159,16 +174,14 @@ class FairQueue:
 
         heap = [entry(owner, line.served_s) for owner, line in self._lines.items() if line.jobs]
         heapq.heapify(heap)
-        found = []
         while heap:
             owner = heapq.heappop(heap)[1]
             waiting = self._lines[owner].jobs[places[owner]][2]
-            found.append(waiting.job_id)
+            yield waiting
             shares[owner] += waiting.cost
             places[owner] += 1
             if places[owner] < len(self._lines[owner].jobs):
                 heapq.heappush(heap, entry(owner, now_s))
-        return found
 
     def _rank(self, key: tuple[float, int, Waiting], *, share: float, served_s: float, now_s: float) -> _Rank:
         _, number, waiting = key

@@ -1,10 +1,11 @@
-"""Whether the default model stands ready: started, loaded and warmed up, with the steps it took to get there."""
+"""Whether a server stands ready, with the steps it took to get there: on one machine, its model loaded and tried."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from sdfleet.domain import ImageRequest
 from sdfleet.errors import NotReady, SdfleetError
@@ -16,12 +17,28 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 2.0
 
 
-class Readiness:
-    """Loads the default model behind HTTP, once, at the start of the server."""
+# What makes a server ready; tells its steps as it goes.
+Preparing = Callable[[Callable[[str], None]], Awaitable[None]]
 
-    def __init__(self, runtime: Runtime, *, model: str) -> None:
-        self._runtime = runtime
-        self._model = model
+
+def warm_up(runtime: Runtime, *, model: str) -> Preparing:
+    """Start the engine and draw one picture of the default model, for nobody, in as few steps as it takes."""
+
+    async def prepare(note: Callable[[str], None]) -> None:
+        note("starting the engine")
+        await runtime.start()
+        note(f"loading {model}")
+        await runtime.generate(ImageRequest(prompt="warm-up", model=model, steps=1, seed=0))
+        note(f"{model} is loaded")
+
+    return prepare
+
+
+class Readiness:
+    """Gets ready behind HTTP, once, at the start of the server. prepare: what that takes."""
+
+    def __init__(self, prepare: Preparing) -> None:
+        self._prepare = prepare
         self._steps: list[str] = []
         self._begun_s = time.monotonic()
         self.is_loading = True
@@ -43,7 +60,7 @@ class Readiness:
         if self.is_loading:
             now = self._steps[-1] if self._steps else "starting"
             raise NotReady(
-                f"the model is being loaded: {now}", retry_after_s=RETRY_AFTER_S, hint="try again in a few seconds"
+                f"the server is getting ready: {now}", retry_after_s=RETRY_AFTER_S, hint="try again in a few seconds"
             )
 
     async def wait(self) -> None:
@@ -51,17 +68,13 @@ class Readiness:
         await self._has_ended.wait()
 
     async def load(self) -> None:
-        """Start the engine and draw one picture of the default model, for nobody, in as few steps as it takes."""
+        """Do what it takes; what fails is told, and jobs meet it again."""
         try:
-            self._note("starting the engine")
-            await self._runtime.start()
-            self._note(f"loading {self._model}")
-            await self._runtime.generate(ImageRequest(prompt="warm-up", model=self._model, steps=1, seed=0))
-            self._note(f"{self._model} is loaded")
+            await self._prepare(self._note)
         except SdfleetError as exc:
             self.error = str(exc)
             self._note(f"failed: {exc}")
-            log.warning("the default model cannot be loaded", extra={"model": self._model, "why": str(exc)})
+            log.warning("the server is not ready", extra={"why": str(exc)})
         finally:
             self.is_loading = False
             self._has_ended.set()

@@ -182,7 +182,7 @@ class Database:
             # Said by a database that works: the caller's own fault, or one of ours.
             raise
         except DBAPIError as exc:
-            what, hint = _reason(exc)
+            what, hint = reason_of(exc)
             log.warning("the database cannot be used", extra={"database": self.name, "reason": what})
             raise StoreUnavailable(f"the database {self.name} cannot be used now: {what}", hint=hint) from exc
 
@@ -197,7 +197,7 @@ async def open_database(url: str | None, *, home: Path) -> Database:
 
 
 def _open(url: str | None, home: Path) -> Database:
-    parsed = _parse(url, home)
+    parsed = parse_url(url, home)
     name = parsed.database or "" if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
     if parsed.get_backend_name() == "sqlite":
         _make_file(Path(name))
@@ -210,13 +210,14 @@ def _open(url: str | None, home: Path) -> Database:
         writer.dispose()
         readers.dispose()
         if isinstance(exc, DBAPIError):
-            what, hint = _reason(exc)
+            what, hint = reason_of(exc)
             raise StorageError(f"the database {name} cannot be used: {what}", hint=hint) from exc
         raise
     return Database(name=name, writer=writer, readers=readers)
 
 
-def _parse(url: str | None, home: Path) -> URL:
+def parse_url(url: str | None, home: Path) -> URL:
+    """Where the database is; a file by its whole path. Raises InvalidValue, without the text: it may hold a password."""
     if url is None:
         return URL.create("sqlite", database=str(home / "sdfleet.db"))
     hint = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
@@ -312,7 +313,7 @@ def _postgresql(url: URL, *, is_writer: bool) -> Engine:
 def _bring_to_head(writer: Engine, *, name: str) -> None:
     # In one transaction with the writer's lock: of two processes that start together one migrates, the other waits.
     with writer.begin() as connection:
-        found = _version(connection)
+        found = version_of(connection)
         if found == HEAD:
             return
         # Alembic takes 0.14 s to import, and nearly every start has nothing to migrate.
@@ -327,7 +328,7 @@ def _bring_to_head(writer: Engine, *, name: str) -> None:
     log.info("database migrated", extra={"database": name, "from": found, "to": HEAD})
 
 
-def _version(connection: Connection) -> str | None:
+def version_of(connection: Connection) -> str | None:
     """The migration the tables are at; None for an empty database."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
@@ -335,7 +336,7 @@ def _version(connection: Connection) -> str | None:
     return None if found is None else str(found)
 
 
-def _reason(exc: DBAPIError) -> tuple[str, str]:
+def reason_of(exc: DBAPIError) -> tuple[str, str]:
     """What happened and what to do, in one line each, without a statement or its values."""
     code = getattr(exc.orig, "sqlite_errorcode", None)
     if code is not None:

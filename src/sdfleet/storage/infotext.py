@@ -14,6 +14,17 @@ _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'\s*(\w[\w \-/]*?):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
+class NotedLora(BaseModel):
+    """A LoRA that a picture was drawn with. hash: of its weights, 12 hex digits; absent where nobody noted it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    scale: float = 1.0
+    text_scale: float | None = None
+    hash: str | None = None
+
+
 class Metadata(BaseModel):
     """What is needed to draw a picture again, and what was found out while it was drawn.
 
@@ -21,6 +32,7 @@ class Metadata(BaseModel):
     width_px, height_px: of the picture; drawn_*: what the model drew before it was resized.
     sampler_label: as A1111 writes the sampler; only for the infotext.
     seed: this picture's own, so that it is drawn again alone with n = 1.
+    safety: what the checkpoint's safety checker said of it; None where it has none.
     """
 
     # A newer sdfleet may have written more than this one knows.
@@ -45,6 +57,9 @@ class Metadata(BaseModel):
     t5: Literal["auto", "keep", "skip"] | None = None
     reproducible: bool | None = None
     step_cache: Literal["off", "light", "strong"] | None = None
+    safety: Literal["passed", "flagged", "off"] | None = None
+    loras: tuple[NotedLora, ...] = ()
+    embeddings: tuple[str, ...] = ()
     job_id: str | None = None
     image_index: int | None = None
     device: str | None = None
@@ -76,10 +91,11 @@ def write(metadata: Metadata) -> str:
         "Size": _size(metadata.width_px, metadata.height_px),
         "Model": metadata.model,
         "Denoising strength": _number(metadata.strength),
+        "Lora hashes": ", ".join(f"{lora.name}: {lora.hash}" for lora in metadata.loras if lora.hash) or None,
         "Version": f"sdfleet {metadata.version}" if metadata.version else None,
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
-    parts = [metadata.prompt]
+    parts = [" ".join((metadata.prompt, *map(_tag, metadata.loras)))]
     # Written even when empty if the prompt itself has such a line, so that the last one is always ours.
     if metadata.negative_prompt or f"\n{_NEGATIVE}" in f"\n{metadata.prompt}":
         parts.append(f"{_NEGATIVE} {metadata.negative_prompt}")
@@ -129,6 +145,12 @@ def _split(text: str) -> tuple[str, Mapping[str, str]]:
     if len(pairs) >= 3 or "Steps" in pairs or (len(pairs) >= 1 and last.startswith(("Seed:", "Sampler:", "Size:"))):
         return body, pairs
     return text, {}
+
+
+def _tag(lora: NotedLora) -> str:
+    """As the web UI writes it into the prompt: one scale, or that of the text encoders before the denoiser's."""
+    scales = [lora.scale] if lora.text_scale in {None, lora.scale} else [lora.text_scale, lora.scale]
+    return f"<lora:{':'.join(filter(None, (lora.name, *map(_number, scales))))}>"
 
 
 def _number(value: float | None) -> str | None:

@@ -27,6 +27,7 @@ from sdfleet.domain import (
     Picture,
     Submission,
     Webhook,
+    Withheld,
 )
 
 # Of the JSON; to be raised when a field changes its meaning. A field that is only added keeps it.
@@ -89,8 +90,9 @@ def row_of(job: Job) -> Row:
         "submission": _write_submission(submission),
         "warnings": dump(job.warnings),
         "error": None if job.error is None else dump(dict(job.error)),
-        "facts": dump(facts_out(timings_s=job.timings_s, device=job.device, dtype=job.dtype, rungs=job.rungs)),
+        "facts": dump(facts_out(job)),
         "generation_s": None,
+        "node": job.node,
     }
 
 
@@ -114,6 +116,9 @@ def job_of(row: RowMapping, *, outputs: Sequence[Output], pictures: Mapping[str,
         device=facts["device"],
         dtype=facts["dtype"],
         rungs=tuple(facts["rungs"]),
+        # Absent in rows of an older sdfleet, which withheld nothing and knew no other machines.
+        withheld=tuple(Withheld(index=one["index"], seed=one["seed"]) for one in facts.get("withheld", ())),
+        node=facts.get("node", ""),
     )
 
 
@@ -136,6 +141,10 @@ def output_row(output: Output, *, owner: OwnerId) -> Row:
         "format": output.format,
         "n_bytes": output.n_bytes,
         "created_s": output.created_s,
+        "safety": output.safety,
+        "model": output.model,
+        "prompt": plain(output.prompt),
+        "favourite": int(output.is_favourite),
     }
 
 
@@ -151,12 +160,20 @@ def output_of(row: RowMapping) -> Output:
         format=row["format"],
         n_bytes=row["n_bytes"],
         created_s=row["created_s"],
+        safety=row["safety"],
+        model=row["model"],
+        prompt=row["prompt"],
+        is_favourite=bool(row["favourite"]),
     )
 
 
-def facts_out(*, timings_s: Mapping[str, float], device: str, dtype: str, rungs: Sequence[str]) -> Row:
+def facts_out(job: Job) -> Row:
     """What was found out while a job was drawn."""
-    return {"timings_s": dict(timings_s), "device": device, "dtype": dtype, "rungs": list(rungs)}
+    kept_back = [{"index": one.index, "seed": one.seed} for one in job.withheld]
+    return {
+        "timings_s": dict(job.timings_s), "device": job.device, "dtype": job.dtype, "rungs": list(job.rungs),
+        "withheld": kept_back, "node": job.node,
+    }  # fmt: skip
 
 
 def webhook_of(submission_json: str) -> Webhook | None:

@@ -30,9 +30,9 @@ from sqlalchemy.exc import IntegrityError
 
 from sdfleet.domain import Job, JobId, JobState, Output, OutputId, OwnerId, Submission
 from sdfleet.errors import Conflict, InvalidValue, QueueFull
-from sdfleet.storage import job_rows
+from sdfleet.storage import job_rows, series
 from sdfleet.storage.database import Database
-from sdfleet.storage.statistics import ImageStats, drawing_s, recent_of
+from sdfleet.storage.statistics import ImageStats, drawing_s, recent_of, stats_of
 from sdfleet.storage.tables import deliveries, jobs, outputs, pictures
 
 STATES: tuple[JobState, ...] = ("queued", "running", "done", "failed", "cancelled")
@@ -110,28 +110,18 @@ class JobStore:
         change = {"state": "running", "attempts": jobs.c.attempts + 1, "started_s": self._clock()}
         return await self._moved(job_id, from_=("queued",), change=change)
 
-    async def finish(
-        self,
-        job_id: JobId,
-        *,
-        outputs: Sequence[Output],
-        warnings: Sequence[str],
-        timings_s: Mapping[str, float],
-        device: str,
-        dtype: str,
-        rungs: Sequence[str],
-    ) -> bool:
+    async def finish(self, done: Job) -> bool:
         """Whether the job went from running to done; its pictures are in the store then, and only then.
 
-        warnings: all of them, also those known when it was accepted.
+        done: the job with all that was found out; its warnings also those known when it was accepted.
         """
-        facts = job_rows.facts_out(timings_s=timings_s, device=device, dtype=dtype, rungs=rungs)
         change = {
-            "warnings": job_rows.dump(list(warnings)),
-            "facts": job_rows.dump(facts),
-            "generation_s": drawing_s(timings_s),
+            "warnings": job_rows.dump(list(done.warnings)),
+            "facts": job_rows.dump(job_rows.facts_out(done)),
+            "generation_s": drawing_s(done.timings_s),
+            "node": done.node,
         }
-        return await self._end(job_id, "done", from_=("running",), change=change, finished=outputs)
+        return await self._end(done.id, "done", from_=("running",), change=change, finished=done.outputs)
 
     async def fail(self, job_id: JobId, error: Mapping[str, str]) -> bool:
         """Whether the job failed by this call; False if it had ended."""
@@ -208,16 +198,35 @@ class JobStore:
         return await self._database.read(work)
 
     async def outputs(
-        self, *, owner: OwnerId | None = None, before: str | None = None, limit: int = 50
+        self,
+        *,
+        owner: OwnerId | None = None,
+        before: str | None = None,
+        limit: int = 50,
+        search: str | None = None,
+        only_favourites: bool = False,
     ) -> tuple[list[Output], str | None]:
-        """Finished pictures, newest first, and the cursor of the next page if there may be one. Raises as `page`."""
-        query = _cut(select(outputs).where(*_owned(outputs, owner)), outputs, before=before, limit=limit)
+        """Finished pictures, newest first, and the cursor of the next page if there may be one. Raises as `page`.
+
+        search: part of the prompt, in whatever case.
+        """
+        query = select(outputs).where(*_owned(outputs, owner))
+        if search:
+            query = query.where(self._contains(outputs.c.prompt_folded, job_rows.plain(search.casefold())))
+        if only_favourites:
+            query = query.where(outputs.c.favourite == 1)
+        query = _cut(query, outputs, before=before, limit=limit)
 
         def work(connection: Connection) -> tuple[list[Output], str | None]:
             rows, following = _page(connection, query, limit=limit)
             return [job_rows.output_of(row) for row in rows], following
 
         return await self._database.read(work)
+
+    async def mark(self, output_id: OutputId, *, is_favourite: bool) -> None:
+        """Make a finished picture a favourite, or one no more; unknown ids are ignored."""
+        change = update(outputs).where(outputs.c.id == output_id).values(favourite=int(is_favourite))
+        await self._database.write(lambda connection: connection.execute(change).rowcount)
 
     async def output(self, output_id: OutputId, *, owner: OwnerId | None = None) -> Output | None:
         """The finished picture; None if there is none, or another owner's."""
@@ -241,19 +250,19 @@ class JobStore:
 
         return await self._database.read(work)
 
-    async def counts_by_model(self, *, since_s: float) -> dict[str, dict[JobState, int]]:
-        """How many jobs of each model are open, or ended since then, by state."""
-        is_open = jobs.c.state.in_(("queued", "running"))
-        query = (
-            select(jobs.c.model, jobs.c.state, func.count())
-            .where(or_(is_open, jobs.c.finished_s >= since_s))
-            .group_by(jobs.c.model, jobs.c.state)
-        )
+    async def counts_by_place(self, *, since_s: float) -> dict[tuple[str, str], dict[JobState, int]]:
+        """How many jobs are open, or ended since then, by state, for each node and model.
 
-        def work(connection: Connection) -> dict[str, dict[JobState, int]]:
-            found: dict[str, dict[JobState, int]] = {}
-            for model, state, n in connection.execute(query):
-                found.setdefault(model, {})[state] = n
+        The node of a job that is not done is empty, as is that of one which this machine drew without a fleet.
+        """
+        is_open = jobs.c.state.in_(("queued", "running"))
+        told = (jobs.c.node, jobs.c.model, jobs.c.state)
+        query = select(*told, func.count()).where(or_(is_open, jobs.c.finished_s >= since_s)).group_by(*told)
+
+        def work(connection: Connection) -> dict[tuple[str, str], dict[JobState, int]]:
+            found: dict[tuple[str, str], dict[JobState, int]] = {}
+            for node, model, state, n in connection.execute(query):
+                found.setdefault((node, model), {})[state] = n
             return found
 
         return await self._database.read(work)
@@ -285,36 +294,38 @@ class JobStore:
         ended = (jobs.c.finished_s >= since_s, jobs.c.state.in_(("done", "failed")))
 
         def work(connection: Connection) -> ImageStats:
-            by_state = select(
-                jobs.c.state, jobs.c.model, func.count(), func.sum(jobs.c.generation_s), func.count(jobs.c.generation_s)
-            )
-            groups = connection.execute(by_state.where(*ended).group_by(jobs.c.state, jobs.c.model)).all()
+            told = (jobs.c.state, jobs.c.model, jobs.c.node)
+            by_state = select(*told, func.count(), func.sum(jobs.c.generation_s), func.count(jobs.c.generation_s))
+            groups = connection.execute(by_state.where(*ended).group_by(*told)).all()
             recent = select(jobs).where(*ended).order_by(jobs.c.finished_s.desc(), jobs.c.number.desc()).limit(n_recent)
-            n_timed = sum(n for *_, n in groups)
-            by_model: dict[str, int] = {}
-            for _, model, n, *_ in groups:
-                by_model[model] = by_model.get(model, 0) + n
-            return ImageStats(
-                n_done=sum(n for state, _, n, *_ in groups if state == "done"),
-                n_failed=sum(n for state, _, n, *_ in groups if state == "failed"),
-                avg_generation_s=sum(total_s or 0.0 for *_, total_s, _ in groups) / n_timed if n_timed else None,
-                by_model=by_model,
-                recent=tuple(recent_of(row) for row in connection.execute(recent).mappings()),
-            )
+            return stats_of(groups, [recent_of(row) for row in connection.execute(recent).mappings()])
 
         return await self._database.read(work)
+
+    async def series(self, *, start_s: float, width_s: float, n_spans: int) -> series.Series:
+        """How drawing went in `n_spans` spans of `width_s` seconds from `start_s` on."""
+        is_postgresql = self._database.is_postgresql
+        return await self._database.read(
+            lambda connection: series.read(
+                connection, start_s=start_s, width_s=width_s, n_spans=n_spans, is_postgresql=is_postgresql
+            )
+        )
 
     # -------------------------------------------------------------------------------------------------------- retention
 
     async def expired(
         self, *, jobs_before_s: float | None = None, outputs_before_s: float | None = None, limit: int = 500
     ) -> Expired:
-        """At most `limit` jobs that ended before, and as many pictures made before, oldest first. None: none."""
+        """At most `limit` jobs that ended before, and as many pictures made before, oldest first. None: none.
+
+        Favourites are no part of it, however old.
+        """
         # Nothing is older than minus infinity.
         border_s = -math.inf if jobs_before_s is None else jobs_before_s
         old_jobs = select(jobs.c.id).where(jobs.c.finished_s < border_s).order_by(jobs.c.finished_s).limit(limit)
         border_s = -math.inf if outputs_before_s is None else outputs_before_s
-        old_outputs = select(outputs).where(outputs.c.created_s < border_s).order_by(outputs.c.created_s).limit(limit)
+        is_old = (outputs.c.created_s < border_s, outputs.c.favourite == 0)
+        old_outputs = select(outputs).where(*is_old).order_by(outputs.c.created_s).limit(limit)
 
         def work(connection: Connection) -> Expired:
             return Expired(
@@ -372,8 +383,10 @@ class JobStore:
             if not _update(connection, job_id, from_=from_, change={**change, "state": state, "finished_s": now_s}):
                 return False
             if finished:
-                owner = connection.execute(select(jobs.c.owner).where(jobs.c.id == job_id)).scalar_one()
-                connection.execute(insert(outputs), [job_rows.output_row(one, owner=owner) for one in finished])
+                asked = select(jobs.c.owner, jobs.c.prompt_folded).where(jobs.c.id == job_id)
+                owner, folded = connection.execute(asked).one()
+                rows = [job_rows.output_row(one, owner=owner) | {"prompt_folded": folded} for one in finished]
+                connection.execute(insert(outputs), rows)
             # In the same transaction: an end that is to be told is told after any kill.
             told = select(jobs.c.id, literal(0), literal(now_s)).where(jobs.c.id == job_id, jobs.c.has_webhook == 1)
             connection.execute(insert(deliveries).from_select(["job_id", "attempts", "due_s"], told))

@@ -132,6 +132,12 @@ class KeyStore:
         await self._note_use(key_id, last_used_s=row["last_used_s"])
         return _record(row)
 
+    async def in_force(self, owner: OwnerId) -> KeyRecord | None:
+        """The key in force of this owner, for who has shown it before; None if there is none any more."""
+        query = select(keys).where(keys.c.id == owner.removeprefix("key_"), keys.c.revoked_s.is_(None))
+        row = await self._database.read(lambda connection: connection.execute(query).mappings().first())
+        return None if row is None else _record(row)
+
     async def _note_use(self, key_id: str, *, last_used_s: float | None) -> None:
         now_s = self._clock()
         if last_used_s is None or now_s - last_used_s >= _USE_IS_NOTED_EVERY_S:

@@ -25,6 +25,8 @@ from sdfleet.storage.pictures import encode
 THUMBNAIL_SIDE_PX = 256
 THUMBNAIL_QUALITY = 80
 MAX_THUMBNAIL_SIDE_PX = 1024
+# What a gallery shows of a prompt under its picture.
+PROMPT_CHARS = 500
 
 _THUMBNAILS = ".thumbnails"
 _OUTPUT_ID = re.compile(r"[a-z0-9]{1,64}-[0-9]{1,4}", re.ASCII)
@@ -67,8 +69,9 @@ class OutputFiles:
         now_s = self._clock()
         found: list[Output] = []
         contents: list[bytes] = []
-        for index, finished in enumerate(result.images):
-            metadata = metadata_of(result, index=index, sampler_label=sampler_label)
+        for i, finished in enumerate(result.images):
+            metadata = metadata_of(result, index=i, sampler_label=sampler_label)
+            index = i if finished.index is None else finished.index
             contents.append(encode(finished.picture, format_, metadata, quality=quality))
             found.append(
                 Output(
@@ -81,6 +84,9 @@ class OutputFiles:
                     format=format_,
                     n_bytes=len(contents[-1]),
                     created_s=now_s,
+                    safety=finished.safety,
+                    model=job.request.model,
+                    prompt=job.request.prompt[:PROMPT_CHARS],
                 )
             )
         self._place([self.path(output) for output in found], contents)

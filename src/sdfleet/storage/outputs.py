@@ -15,9 +15,9 @@ from datetime import date
 from pathlib import Path
 
 from sdfleet import __version__
-from sdfleet.domain import ImageResult
+from sdfleet.domain import ImageResult, Lora, SafetyVerdict
 from sdfleet.errors import InvalidValue, OutputNotWritable
-from sdfleet.storage.infotext import Metadata
+from sdfleet.storage.infotext import Metadata, NotedLora
 from sdfleet.storage.pictures import Format, encode
 
 FORMAT_OF: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -44,6 +44,7 @@ class Saved:
     path: Path
     seed: int
     n_bytes: int
+    safety: SafetyVerdict = "none"
 
 
 def plan(output: str | None, *, format: Format | None, n_images: int, default_folder: Path, today: date) -> OutputPlan:
@@ -85,18 +86,24 @@ def save(result: ImageResult, plan: OutputPlan, *, sampler_label: str | None = N
         for i, finished in enumerate(result.images)
     ]
     seeds = [finished.seed for finished in result.images]
-    files = plan.files or tuple(
-        plan.folder / f"{result.job_id}-{i}-{seed}{SUFFIX_OF[plan.format]}" for i, seed in enumerate(seeds)
+    indexes = [i if finished.index is None else finished.index for i, finished in enumerate(result.images)]
+    files = (
+        tuple(plan.files[i] for i in indexes)
+        if plan.files
+        else tuple(
+            plan.folder / f"{result.job_id}-{i}-{seed}{SUFFIX_OF[plan.format]}"
+            for i, seed in zip(indexes, seeds, strict=True)
+        )
     )
     _write_all(contents, files, may_replace=plan.may_replace)
     return tuple(
-        Saved(path=file, seed=seed, n_bytes=len(content))
-        for file, seed, content in zip(files, seeds, contents, strict=True)
+        Saved(path=file, seed=finished.seed, n_bytes=len(content), safety=finished.safety)
+        for file, finished, content in zip(files, result.images, contents, strict=True)
     )
 
 
 def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = None) -> Metadata:
-    """What is written into picture `index` of a result: enough to draw this one again, alone."""
+    """What is written into `result.images[index]`: enough to draw this one again, alone."""
     drawing, finished = result.drawing, result.images[index]
     is_resized = (finished.picture.width_px, finished.picture.height_px) != (drawing.width_px, drawing.height_px)
     return Metadata(
@@ -118,13 +125,21 @@ def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = 
         t5=drawing.t5 if drawing.t5 != "auto" else None,
         reproducible=finished.reproducible,
         step_cache=drawing.step_cache if drawing.step_cache != "off" else None,
+        loras=tuple(map(_noted, drawing.loras)),
+        embeddings=tuple(embedding.name for embedding in drawing.embeddings),
         job_id=result.job_id,
-        image_index=index,
+        image_index=index if finished.index is None else finished.index,
+        safety=finished.safety if finished.safety != "none" else None,
         device=result.device or None,
         dtype=result.dtype or None,
         rungs=result.rungs,
         warnings=result.warnings,
     )
+
+
+def _noted(lora: Lora) -> NotedLora:
+    text_scale = None if lora.text_scale == lora.scale else lora.text_scale
+    return NotedLora(name=lora.file.name, scale=lora.scale, text_scale=text_scale, hash=lora.file.content)
 
 
 def _in_folder(folder: Path, *, format: Format | None) -> OutputPlan:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import RowMapping
+from sqlalchemy import Row, RowMapping
 
 from sdfleet.storage import job_rows
 
@@ -22,16 +23,21 @@ class RecentImage:
     width_px: int | None
     height_px: int | None
     error: str | None
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageStats:
-    """Ended jobs since some time: how many, of which models (name to count, done and failed), and the newest ones."""
+    """Ended jobs since some time: how many, of which models (name to count, done and failed), and the newest ones.
+
+    by_node: the same by the machine of a fleet that drew them; "" is this one, and failures that no node ended.
+    """
 
     n_done: int
     n_failed: int
     avg_generation_s: float | None
     by_model: Mapping[str, int]
+    by_node: Mapping[str, int]
     recent: tuple[RecentImage, ...]
 
 
@@ -52,4 +58,24 @@ def recent_of(row: RowMapping) -> RecentImage:
         width_px=row["width_px"],
         height_px=row["height_px"],
         error=None if error is None else error.get("message", ""),
+        node=row["node"],
+    )
+
+
+def stats_of(groups: Sequence[Row[Any]], recent: Sequence[RecentImage]) -> ImageStats:
+    """The statistics in groups of (state, model, node, how many, seconds of drawing, how many of them were timed)."""
+    by_state, by_model, by_node = Counter[str](), Counter[str](), Counter[str]()
+    total_s, n_timed = 0.0, 0
+    for state, model, node, n, drawn_s, n_drawn in groups:
+        by_state[state] += n
+        by_model[model] += n
+        by_node[node] += n
+        total_s, n_timed = total_s + (drawn_s or 0.0), n_timed + n_drawn
+    return ImageStats(
+        n_done=by_state["done"],
+        n_failed=by_state["failed"],
+        avg_generation_s=total_s / n_timed if n_timed else None,
+        by_model=dict(by_model),
+        by_node=dict(by_node),
+        recent=tuple(recent),
     )

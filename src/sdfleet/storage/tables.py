@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 # The newest migration; a test compares it with the files in migrations/versions.
-HEAD = "0001"
+HEAD = "0004"
 # A PostgreSQL database may hold other programs' tables, and Alembic's own name for this one is often taken.
 VERSION_TABLE = "sdfleet_version"
 
@@ -41,7 +41,7 @@ _Number = BigInteger().with_variant(Integer(), "sqlite")
 # number: counts up in the order of acceptance and is never given twice; pages are cut by it.
 # idempotency, fingerprint: SHA-256 of the caller's own, which may be of any length.
 # prompt_folded: the prompt without its case, what a search looks through. generation_s: drawing alone, without waiting.
-# has_webhook: 0 or 1, whether the end of the job is to be told.
+# has_webhook: 0 or 1, whether the end of the job is to be told. node: which machine of a fleet drew it, when done.
 jobs = Table(
     "jobs",
     metadata,
@@ -66,6 +66,7 @@ jobs = Table(
     Column("error", Text),
     Column("facts", Text, nullable=False),
     Column("generation_s", Double),
+    Column("node", Text, nullable=False, server_default=""),
     Index(None, "id", unique=True),
     Index(None, "owner", "idempotency", unique=True),
     # Pages of one owner; pages of one state; how many wait, and whose; retention and statistics.
@@ -90,6 +91,8 @@ pictures = Table(
 )
 
 # Finished pictures. They have no foreign key: a picture may be kept for longer than its job.
+# safety: the verdict of the checkpoint's own safety checker, see domain.SafetyVerdict. favourite: 0 or 1.
+# model, prompt, prompt_folded: the job's, for a gallery that may outlive it; prompt is its beginning.
 outputs = Table(
     "outputs",
     metadata,
@@ -104,6 +107,11 @@ outputs = Table(
     Column("format", String(8), nullable=False),
     Column("n_bytes", BigInteger, nullable=False),
     Column("created_s", Double, nullable=False),
+    Column("safety", String(16), nullable=False, server_default="none"),
+    Column("favourite", Integer, nullable=False, server_default="0"),
+    Column("model", Text, nullable=False, server_default=""),
+    Column("prompt", Text, nullable=False, server_default=""),
+    Column("prompt_folded", Text, nullable=False, server_default=""),
     Index(None, "id", unique=True),
     Index(None, "job_id", "position"),
     Index(None, "owner", "number"),

@@ -9,7 +9,7 @@ from sdfleet.catalog.single_file.pieces import Part, Piece, Shapes, count, shape
 from sdfleet.errors import BrokenCheckpoint
 
 _HEAD_WIDTH = 128
-_TOP = {
+TOP = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
@@ -23,7 +23,7 @@ _TOP = {
 _FINAL = "final_layer.adaLN_modulation.1"
 _DOUBLE = re.compile(r"double_blocks\.(\d+)\.(.+)")
 _SINGLE = re.compile(r"single_blocks\.(\d+)\.(.+)")
-_OF_DOUBLE = {
+OF_DOUBLE = {
     "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
     "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
     "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
@@ -31,15 +31,15 @@ _OF_DOUBLE = {
     "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
     "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
 }  # fmt: skip
-_QKV_OF_DOUBLE = {
+QKV_OF_DOUBLE = {
     "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
     "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
 }
-_OF_SINGLE = {
+OF_SINGLE = {
     "modulation.lin": "norm.linear", "linear2": "proj_out",
     "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
 }  # fmt: skip
-_QKV_AND_MLP = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]
+QKV_AND_MLP = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]
 
 
 def read_flux(shapes: Shapes) -> Part:
@@ -69,22 +69,22 @@ def read_flux(shapes: Shapes) -> Part:
 
 def _translated(name: str, shapes: Shapes, *, width: int) -> dict[str, Piece]:
     stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return {f"{_TOP[stem]}.{kind}": Piece(source=name)}
+    if stem in TOP:
+        return {f"{TOP[stem]}.{kind}": Piece(source=name)}
     if stem == _FINAL:
         # Shift and scale there, scale and shift here.
         return {f"norm_out.linear.{kind}": Piece(source=name, then="halves_swapped")}
     kind = "weight" if kind == "scale" else kind
     if (double := _DOUBLE.fullmatch(stem)) is not None:
         block, layer = f"transformer_blocks.{double[1]}", double[2]
-        if layer in _QKV_OF_DOUBLE:
+        if layer in QKV_OF_DOUBLE:
             return split_rows(
-                name, shapes, [width] * 2, [f"{block}.{target}.{kind}" for target in _QKV_OF_DOUBLE[layer]]
+                name, shapes, [width] * 2, [f"{block}.{target}.{kind}" for target in QKV_OF_DOUBLE[layer]]
             )
-        return {f"{block}.{_OF_DOUBLE[layer]}.{kind}": Piece(source=name)} if layer in _OF_DOUBLE else {}
+        return {f"{block}.{OF_DOUBLE[layer]}.{kind}": Piece(source=name)} if layer in OF_DOUBLE else {}
     if (single := _SINGLE.fullmatch(stem)) is not None:
         block, layer = f"single_transformer_blocks.{single[1]}", single[2]
         if layer == "linear1":
-            return split_rows(name, shapes, [width] * 3, [f"{block}.{target}.{kind}" for target in _QKV_AND_MLP])
-        return {f"{block}.{_OF_SINGLE[layer]}.{kind}": Piece(source=name)} if layer in _OF_SINGLE else {}
+            return split_rows(name, shapes, [width] * 3, [f"{block}.{target}.{kind}" for target in QKV_AND_MLP])
+        return {f"{block}.{OF_SINGLE[layer]}.{kind}": Piece(source=name)} if layer in OF_SINGLE else {}
     return {}

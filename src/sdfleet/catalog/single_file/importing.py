@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sdfleet.catalog.cards import Family
+from sdfleet.catalog.family_titles import FAMILY_TITLES
 from sdfleet.catalog.headers import Header, read_json
 from sdfleet.catalog.identify import NEEDED, NOT_OF_A_REFINER, OPTIONAL, Identified, identify
 from sdfleet.catalog.single_file.layout import Layout, Prediction, read_any_header, read_layout, whole
 from sdfleet.catalog.single_file.origins import SINGLE_FILES, Origin, read_origin, write_origin
+from sdfleet.catalog.single_file.vocabulary import N_CLIP_TOKENS, write_clip_vocabulary
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.errors import BrokenCheckpoint, CheckpointError, CheckpointNotFound, InvalidValue
 
@@ -156,7 +158,7 @@ class _Writer:
         if self._faults:
             raise BrokenCheckpoint(
                 f"{self._origin.path} is {_what(family, self._layout)}, and to draw with it: {'; '.join(self._faults)}",
-                hint=f"give a whole {_PEOPLE_SAY[family]} model in the diffusers layout: --base NAME_OR_FOLDER",
+                hint=f"give a whole {FAMILY_TITLES[family]} model in the diffusers layout: --base NAME_OR_FOLDER",
             )
         self._json("model_index.json", self._index)
         return tuple(self._notes)
@@ -205,20 +207,28 @@ class _Writer:
                 return
             shutil.copytree(source, self._made / name)
         else:
-            vocab_size = config["vocab_size"]
-            source = self._known_tokenizer(is_t5=False, vocab_size=vocab_size if isinstance(vocab_size, int) else None)
-            if source is None:
+            vocab_size, source = config["vocab_size"], None
+            if vocab_size != N_CLIP_TOKENS:
+                n_tokens = vocab_size if isinstance(vocab_size, int) else None
+                source = self._known_tokenizer(is_t5=False, vocab_size=n_tokens)
+            if source is None and vocab_size != N_CLIP_TOKENS:
                 self._faults.append(f"the {name} (CLIP's vocabulary of {vocab_size} tokens) is missing")
                 return
             self._clip_tokenizer(name, source)
         self._index[name] = ["transformers", class_name]
 
-    def _clip_tokenizer(self, name: str, source: Path) -> None:
-        """CLIP's vocabulary is one and the same; what short prompts are filled up with is not."""
+    def _clip_tokenizer(self, name: str, source: Path | None) -> None:
+        """CLIP's vocabulary is one and the same; what short prompts are filled up with is not.
+
+        source: a tokenizer's folder with a vocabulary of its own; None: CLIP's.
+        """
         (self._made / name).mkdir()
-        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
-            if (source / file).is_file():
-                shutil.copyfile(source / file, self._made / name / file)
+        if source is None:
+            write_clip_vocabulary(self._made / name)
+        else:
+            for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, self._made / name / file)
         fills_with_zero = name == "tokenizer_2" or self._layout.like == "sd21"
         marks = {**CLIP_MARKS, "pad_token": "!" if fills_with_zero else CLIP_MARKS["eos_token"]}
         self._json(f"{name}/special_tokens_map.json", marks)
@@ -284,16 +294,11 @@ class _Writer:
         path.write_text(json.dumps(dict(value), indent=2) + "\n", encoding="utf-8")
 
 
-_PEOPLE_SAY: dict[Family, str] = {
-    "sd": "Stable Diffusion", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX.1", "flux2": "FLUX.2", "zimage": "Z-Image",
-}  # fmt: skip
-
-
 def _what(family: Family, layout: Layout) -> str:
     """`FLUX.1 (its transformer alone)`."""
     parts = [name for name in layout.parts if name not in _DENOISERS]
     inside = f"with {', '.join(parts)}" if parts else "its denoiser alone"
-    return f"{_PEOPLE_SAY[family]} ({inside})"
+    return f"{FAMILY_TITLES[family]} ({inside})"
 
 
 def _library(class_name: str) -> str:

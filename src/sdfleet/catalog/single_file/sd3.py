@@ -10,7 +10,7 @@ from sdfleet.catalog.single_file.pieces import Part, Piece, Shapes, count, shape
 from sdfleet.errors import BrokenCheckpoint
 
 _HEAD_WIDTH = 64
-_TOP = {
+TOP = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
@@ -21,7 +21,7 @@ _TOP = {
 }
 _FINAL = "final_layer.adaLN_modulation.1"
 _BLOCK = re.compile(r"joint_blocks\.(\d+)\.(x|context)_block\.(.+)")
-_LAYERS = {
+LAYERS = {
     "x": {
         "attn.proj": "attn.to_out.0", "attn.ln_q": "attn.norm_q", "attn.ln_k": "attn.norm_k",
         "attn2.proj": "attn2.to_out.0", "attn2.ln_q": "attn2.norm_q", "attn2.ln_k": "attn2.norm_k",
@@ -33,7 +33,7 @@ _LAYERS = {
         "mlp.fc2": "ff_context.net.2",
     },
 }  # fmt: skip
-_QKV = {
+QKV = {
     ("x", "attn.qkv"): ["attn.to_q", "attn.to_k", "attn.to_v"],
     ("x", "attn2.qkv"): ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
     ("context", "attn.qkv"): ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
@@ -74,8 +74,8 @@ def read_sd3(shapes: Shapes) -> Part:
 
 def _translated(name: str, shapes: Shapes, *, width: int, last: int) -> dict[str, Piece]:
     stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return {f"{_TOP[stem]}.{kind}": Piece(source=name)}
+    if stem in TOP:
+        return {f"{TOP[stem]}.{kind}": Piece(source=name)}
     if stem == _FINAL:
         # Shift and scale there, scale and shift here.
         return {f"norm_out.linear.{kind}": Piece(source=name, then="halves_swapped")}
@@ -84,11 +84,11 @@ def _translated(name: str, shapes: Shapes, *, width: int, last: int) -> dict[str
         return {}
     number, side, layer = match.groups()
     block = f"transformer_blocks.{number}"
-    if (side, layer) in _QKV:
-        return split_rows(name, shapes, [width] * 2, [f"{block}.{target}.{kind}" for target in _QKV[side, layer]])
-    if layer not in _LAYERS[side]:
+    if (side, layer) in QKV:
+        return split_rows(name, shapes, [width] * 2, [f"{block}.{target}.{kind}" for target in QKV[side, layer]])
+    if layer not in LAYERS[side]:
         return {}
     # The last block's words are only looked at, never changed: two of six numbers, in the other order.
     is_swapped = side == "context" and layer == "adaLN_modulation.1" and int(number) == last
-    target = f"{block}.{_LAYERS[side][layer]}.{kind}"
+    target = f"{block}.{LAYERS[side][layer]}.{kind}"
     return {target: Piece(source=name, then="halves_swapped" if is_swapped else "as_it_is")}

@@ -12,7 +12,7 @@ from typing import Any
 from sdfleet.catalog.single_file.pieces import Part, Piece, Shapes, count, shape_at
 from sdfleet.errors import BrokenCheckpoint, UnsupportedByModel
 
-_TOP = {
+TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -21,7 +21,7 @@ _TOP = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -46,7 +46,7 @@ class _Level:
 
 def read_unet(shapes: Shapes) -> Part:
     """The UNet whose tensors these are. Raises BrokenCheckpoint and UnsupportedByModel."""
-    places: dict[str, str] = dict(_TOP)
+    places: dict[str, str] = dict(TOP)
     levels = _walk_down(shapes, places)
     _walk_up(shapes, levels, places)
     places |= {"middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
@@ -108,7 +108,7 @@ def _translated(name: str, places: dict[str, str]) -> str | None:
         return None
     target, rest = places[match[0]], stem[match.end() + 1 :]
     if ".resnets." in target:
-        return f"{target}.{_RESNET[rest]}.{kind}" if rest in _RESNET else None
+        return f"{target}.{RESNET[rest]}.{kind}" if rest in RESNET else None
     return f"{target}.{rest}.{kind}"
 
 

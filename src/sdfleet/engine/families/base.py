@@ -20,11 +20,14 @@ from sdfleet.domain import Drawing, TokenCount
 from sdfleet.engine.components import TEXT_ENCODERS, ComponentName, Components
 from sdfleet.engine.conditioning import Conditioning, Room, room_for
 from sdfleet.engine.devices import Device
+from sdfleet.engine.footprint import Footprint
+from sdfleet.engine.lora import Loras, text_set_of
 from sdfleet.engine.noise_schedule import NoiseSchedule
 from sdfleet.engine.pixels import to_mask, to_unit_range
 from sdfleet.engine.prompt import Prompt, parse_prompt
 from sdfleet.engine.prompt_cache import PromptCache, PromptKey
-from sdfleet.engine.text_encoders import ClipEncoder, ClipLayer, T5Encoder
+from sdfleet.engine.text_encoders import CLIP_LENGTH, ClipEncoder, ClipLayer, T5Encoder
+from sdfleet.engine.textual_inversion import Embeddings
 from sdfleet.engine.vae import Posterior, PreviewMap, Vae
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
@@ -32,10 +35,16 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["encode", "denoise", "decode"]
 
-# Live numbers per latent cell and channel of the widest level during one network call, and per pixel and channel of the
-# decoder's last block: generous bounds for planning, not measurements of a card.
-_DENOISER_LIVE = 24
-_DECODER_LIVE = 10
+# Live numbers per token and channel during one network call, and per pixel and channel of the decoder's last block; and
+# the share of all weights that one layer's may be. Above what is found for every published architecture from 64 to 2048
+# px (tests/engine/test_footprint.py), so that what fits by far is admitted without finding it out.
+_DENOISER_LIVE = 80
+_DECODER_LIVE = 14
+_LARGEST_LAYER = 0.12
+# What a process on a CPU keeps beside, in the allocator's gaps and oneDNN's kernels: 0.27 GB seen for SD 1.5 and SD3
+# medium in bfloat16, 0.38 in float32 (two threads, glibc, 2026-11-21); of a small checkpoint, this share.
+_KEPT_BYTES = 300_000_000
+_KEPT_SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +129,11 @@ class Join(Protocol):
         ...
 
 
+def adapters_of(drawing: Drawing) -> tuple[object, ...]:
+    """What decides the states of a drawing's prompts beside their text, for PromptKey."""
+    return (*text_set_of(drawing.loras), *((embedding.name, embedding.content) for embedding in drawing.embeddings))
+
+
 class LatentFamily:
     """The part that every latent-diffusion family shares: VAE, first latents, inpainting, decode, sizes."""
 
@@ -137,6 +151,8 @@ class LatentFamily:
         self.components = components
         self.device = device
         self.prompts = prompts
+        self.loras = Loras(components, device, family=self.name)
+        self.embeddings = Embeddings(device)
         self.schedule = NoiseSchedule.from_config(
             components.config("scheduler", "scheduler_config.json"),
             even_sigmas=self.even_sigmas,
@@ -149,6 +165,7 @@ class LatentFamily:
         self.px_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
         self._decoder_channels = int(vae["block_out_channels"][0])
         self._denoiser_config = components.config(self.denoiser)
+        self.footprint = Footprint(self)
 
     def components_for(self, phase: Phase) -> tuple[ComponentName, ...]:
         """The components that must be on the device during a phase; all others may be put away."""
@@ -158,7 +175,11 @@ class LatentFamily:
             case "denoise":
                 return (self.denoiser,)
             case "decode":
-                return ("vae",)
+                return ("vae", "safety_checker") if self.components.has("safety_checker") else ("vae",)
+
+    def is_checked(self, drawing: Drawing) -> bool:
+        """Whether the checkpoint's own safety checker looks at the finished pictures."""
+        return drawing.safety_checker != "off" and self.components.has("safety_checker")
 
     def text_encoders(self, drawing: Drawing | None = None) -> tuple[ComponentName, ...]:
         """The text encoders that a drawing needs; all there are, when none is given."""
@@ -232,13 +253,20 @@ class LatentFamily:
         """Conditioning for the prompt, and for the negative prompt where guidance is above 1."""
         raise UnsupportedByModel(f"{self.name} does not encode prompts")
 
-    def clip(self, name: str, *, layer: ClipLayer, is_second: bool = False) -> ClipEncoder:
-        """One of the checkpoint's CLIP text encoders, on the device. `name` is what token counts call it."""
+    def clip(
+        self, name: str, *, layer: ClipLayer, is_second: bool = False, drawing: Drawing | None = None
+    ) -> ClipEncoder:
+        """One of the checkpoint's CLIP text encoders, on the device. `name` is what token counts call it.
+
+        drawing: whose embeddings it reads in the place of their names.
+        """
+        module = self.components.use("text_encoder_2" if is_second else "text_encoder")
         return ClipEncoder(
             name=name,
             tokenizer=self.components.use("tokenizer_2" if is_second else "tokenizer"),
-            module=self.components.use("text_encoder_2" if is_second else "text_encoder"),
+            module=module,
             layer=layer,
+            words=self.embeddings.words(() if drawing is None else drawing.embeddings, module, is_second=is_second),
         )
 
     def paired(
@@ -267,6 +295,7 @@ class LatentFamily:
                 text=text,
                 room=room,
                 is_zero_when_empty=is_negative and is_zero_when_empty,
+                adapters=adapters_of(drawing),
             )
             encoded.append(self.prompts.conditioning(key, partial(join, prompt, room, is_negative=is_negative)))
         ignored = bool(drawing.negative_prompt) and not is_guided
@@ -348,16 +377,44 @@ class LatentFamily:
             self._preview_map = self.vae.fit_preview()
         return self._preview_map.apply(denoised)
 
-    def peak_bytes(self, *, width_px: int, height_px: int, n_rows: int) -> int:
-        """Most bytes beside the weights that one network call of `n_rows` rows holds. A bound, for planning."""
-        cells = (width_px // self.px_per_latent) * (height_px // self.px_per_latent)
-        element_bytes = torch.empty((), dtype=self.device.dtype).element_size()
-        return n_rows * self._tokens(cells) * self._width() * element_bytes * _DENOISER_LIVE
+    def peak_bytes(self, *, width_px: int, height_px: int, n_rows: int, edits: bool = False) -> int:
+        """Most bytes beside the weights that one network call of `n_rows` rows holds, found out on the meta device.
+
+        edits: an input picture is given. Takes up to a second for a shape that was not asked for before.
+        """
+        work = self.footprint.denoise(width_px=width_px, height_px=height_px, n_rows=n_rows, edits=edits)
+        return work.peak_bytes + self._kept_bytes()
 
     def decode_bytes(self, *, width_px: int, height_px: int) -> int:
-        """Most bytes beside the weights that decoding one picture holds, untiled."""
-        element_bytes = torch.empty((), dtype=self.device.vae_dtype).element_size()
-        return width_px * height_px * self._decoder_channels * element_bytes * _DECODER_LIVE
+        """Most bytes beside the weights that decoding one picture holds, untiled. As `peak_bytes`."""
+        return self.footprint.decode(width_px=width_px, height_px=height_px).peak_bytes + self._kept_bytes()
+
+    def peak_bound_bytes(self, *, width_px: int, height_px: int, n_rows: int) -> int:
+        """More than `peak_bytes` will be, at once and several times too much."""
+        cells = (width_px // self.px_per_latent) * (height_px // self.px_per_latent)
+        n_tokens = self._tokens(cells) + self.conditioning_shape()[0]
+        live = n_rows * n_tokens * self._width() * self.device.dtype.itemsize * _DENOISER_LIVE
+        largest_bytes = int(self.components.weights(text_encoders=()).denoiser * _LARGEST_LAYER)
+        return live + largest_bytes + self._kept_bytes()
+
+    def decode_bound_bytes(self, *, width_px: int, height_px: int) -> int:
+        """More than `decode_bytes` will be, at once."""
+        live = width_px * height_px * self._decoder_channels * self.device.vae_dtype.itemsize * _DECODER_LIVE
+        return live + int(self.components.weights(text_encoders=()).vae * _LARGEST_LAYER) + self._kept_bytes()
+
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """(tokens, width, width of the pooled vector or None) of a short prompt's conditioning."""
+        return CLIP_LENGTH, int(self._denoiser_config["cross_attention_dim"]), None
+
+    @property
+    def sees_references(self) -> bool:
+        """Whether an input picture is seen by the network beside the latents, as large as they are."""
+        return False
+
+    def _kept_bytes(self) -> int:
+        if self.device.kind != "cpu":
+            return 0
+        return min(_KEPT_BYTES, int(self.components.weights().total * _KEPT_SHARE))
 
     def _tokens(self, cells: int) -> int:
         return cells

@@ -143,6 +143,16 @@ class Flux(LatentFamily):
         """Image tokens: patches of latent cells. Those of a picture to edit do not count."""
         return super().n_latent_tokens(drawing) // _PATCH**2
 
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """T5's length, and CLIP's vector."""
+        config = self._denoiser_config
+        return self._t5_length, int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+
+    @property
+    def sees_references(self) -> bool:
+        """Kontext does."""
+        return self._edits
+
     @property
     def _mask_channels(self) -> int:
         return self.px_per_latent**2

@@ -119,6 +119,15 @@ class Flux2Klein(QwenFamily):
         )[0]
         return answer[:, : height * width].float().transpose(1, 2).reshape(n, channels, height, width)
 
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """The least length of prompts, in all the layers that are read."""
+        return QWEN_MIN_LENGTH, int(self._denoiser_config["joint_attention_dim"]), None
+
+    @property
+    def sees_references(self) -> bool:
+        """Every checkpoint does."""
+        return True
+
     def preview(self, denoised: Tensor) -> Tensor:
         """As the base, by colours alone: a tiny VAE knows nothing of these latents."""
         if self._preview_map is None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from sdfleet.domain import Drawing
 from sdfleet.engine.conditioning import Conditioning, Room
-from sdfleet.engine.families.base import LatentFamily, PromptPair
+from sdfleet.engine.families.base import LatentFamily, PromptPair, adapters_of
 from sdfleet.engine.prompt_cache import PromptKey
 from sdfleet.engine.qwen_encoder import (
     QWEN_MAX_LENGTH,
@@ -56,6 +56,7 @@ class QwenFamily(LatentFamily):
                 encoder=self.name,
                 text=text,
                 room=Room(qwen_length=length or 0),
+                adapters=adapters_of(drawing),
             )
             encoded.append(self.prompts.conditioning(key, partial(self._conditioning, qwen, text, length)))
         warnings = [warning for source in sources for warning in bracket_warnings(source)]

@@ -19,7 +19,7 @@ class StableDiffusion(LatentFamily):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """Token states of CLIP's last layer."""
-        clip = self.clip("clip", layer="last")
+        clip = self.clip("clip", layer="last", drawing=drawing)
 
         def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:  # noqa: ARG001 - both prompts are read alike
             return sd_conditioning(prompt, clip=clip, room=room)

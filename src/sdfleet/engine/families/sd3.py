@@ -13,7 +13,7 @@ from sdfleet.engine.components import ComponentName
 from sdfleet.engine.conditioning import Conditioning, Room, sd3_conditioning
 from sdfleet.engine.families.base import LatentFamily, NetworkRows, PromptPair
 from sdfleet.engine.prompt import Prompt
-from sdfleet.engine.text_encoders import T5Encoder
+from sdfleet.engine.text_encoders import CLIP_LENGTH, T5_MIN_LENGTH, T5Encoder
 
 
 class StableDiffusion3(LatentFamily):
@@ -64,6 +64,12 @@ class StableDiffusion3(LatentFamily):
     def n_latent_tokens(self, drawing: Drawing) -> int:
         """Image tokens: patches of latent cells."""
         return self._tokens(super().n_latent_tokens(drawing))
+
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """A CLIP window over T5's least length, and both CLIPs' vectors."""
+        config = self._denoiser_config
+        width, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+        return CLIP_LENGTH + T5_MIN_LENGTH, width, pooled
 
     @property
     def _patch(self) -> int:

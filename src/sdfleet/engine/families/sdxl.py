@@ -45,11 +45,11 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode(self, drawing: Drawing) -> PromptPair:
         """Both encoders' last-but-one layers side by side, and CLIP-G's projected vector."""
-        clip_g = self.clip("clip_g", layer="penultimate", is_second=True)
+        clip_g = self.clip("clip_g", layer="penultimate", is_second=True, drawing=drawing)
         zero_when_empty = self.components.flag("force_zeros_for_empty_prompt", default=True)
         if self._is_refiner:
             return self._encode_refiner(drawing, clip_g=clip_g, zero_when_empty=zero_when_empty)
-        clip_l = self.clip("clip_l", layer="penultimate")
+        clip_l = self.clip("clip_l", layer="penultimate", drawing=drawing)
 
         def join(prompt: Prompt, room: Room, *, is_negative: bool) -> Conditioning:
             is_zero = is_negative and zero_when_empty
@@ -77,6 +77,14 @@ class StableDiffusionXL(StableDiffusion):
             return_dict=False,
         )[0]
         return answer.float()
+
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """As the base, and CLIP-G's vector: what the network takes beside numbers about the picture."""
+        config = self._denoiser_config
+        n_told = 5 if self._is_refiner else 6
+        pooled = int(config["projection_class_embeddings_input_dim"]) - n_told * int(config["addition_time_embed_dim"])
+        n_tokens, width, _ = super().conditioning_shape()
+        return n_tokens, width, pooled + 1 if self._is_refiner else pooled
 
     @property
     def _is_refiner(self) -> bool:

@@ -57,6 +57,10 @@ class ZImage(QwenFamily):
         """Image tokens: patches of latent cells."""
         return self._tokens(super().n_latent_tokens(drawing))
 
+    def conditioning_shape(self) -> tuple[int, int, int | None]:
+        """Prompts are filled up by the network."""
+        return _TEXT_MULTIPLE, int(self._denoiser_config["cap_feat_dim"]), None
+
     @property
     def _patch(self) -> int:
         return int(self._denoiser_config["all_patch_size"][0])

@@ -83,7 +83,7 @@ class CLIPTextModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.encoder = Layers(config, is_causal=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     @property
@@ -141,12 +141,15 @@ class _Embeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[-1]]
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: SimpleNamespace) -> None:
+class Layers(nn.Module):
+    """CLIP's transformer, of texts and of pictures. is_causal: each token sees itself and those before it alone."""
+
+    def __init__(self, config: SimpleNamespace, *, is_causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_Layer(config, is_causal=is_causal) for _ in range(config.num_hidden_layers))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """What went into each layer and came out of the last one; hidden: [b, n, d]."""
         hidden_states = [hidden]
         for layer in self.layers:
             hidden_states.append(layer(hidden_states[-1]))
@@ -154,10 +157,10 @@ class _Encoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: SimpleNamespace) -> None:
+    def __init__(self, config: SimpleNamespace, *, is_causal: bool) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attn = _CausalAttention(width, n_heads=config.num_attention_heads)
+        self.self_attn = _Attention(width, n_heads=config.num_attention_heads, is_causal=is_causal)
         self.layer_norm1 = LayerNorm(width, eps=eps)
         self.mlp = _Mlp(config)
         self.layer_norm2 = LayerNorm(width, eps=eps)
@@ -167,16 +170,15 @@ class _Layer(nn.Module):
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
-class _CausalAttention(nn.Module):
-    """Each token looks at itself and those before it."""
-
-    def __init__(self, width: int, *, n_heads: int) -> None:
+class _Attention(nn.Module):
+    def __init__(self, width: int, *, n_heads: int, is_causal: bool) -> None:
         super().__init__()
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
         self.q_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
         self._n_heads = n_heads
+        self._is_causal = is_causal
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = (
@@ -184,7 +186,7 @@ class _CausalAttention(nn.Module):
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         # torch's own function and not engine/attention.py: 77 tokens, once for each prompt, and it knows the order.
-        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=self._is_causal)
         return self.out_proj(seen.transpose(1, 2).flatten(2))
 
 
