@@ -1,0 +1,238 @@
+"""What a person can see of a fleet and do to it: the face that the API and its commands use.
+
+Decisions about nodes (draining, pins, limits, who belongs to the fleet) are the roster's and outlive restarts; what is
+to happen at once at a node is an order, which that node answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
+
+from sdfleet.domain import Job, JobId
+from sdfleet.errors import NotReady, from_wire
+from sdfleet.fleet.decisions import Why
+from sdfleet.fleet.join_code import JoinCode
+from sdfleet.fleet.members import Member
+from sdfleet.fleet.messages import BrokenMessage, Order, OrderAnswer, Orders, node_of, unpack, up
+from sdfleet.fleet.remote import FleetBackend
+from sdfleet.fleet.state import DeviceId, Limits, WaitingJob
+from sdfleet.fleet.transport import Bus, Incoming
+from sdfleet.fleet.trust import Enrolled, Pending, Roster
+from sdfleet.fleet.walk import WALKED_JOBS
+from sdfleet.jobs.desk import JobDesk
+
+log = logging.getLogger(__name__)
+
+# How often it is looked whether a node that has an order is still there.
+LOOK_EVERY_S = 2.0
+
+
+class Fleet:
+    """See the file's first lines.
+
+    places: where nodes reach the broker, for join codes. has_own_broker: another
+    broker's users are its operator's to add. live: see `stand`.
+    """
+
+    def __init__(
+        self,
+        backend: FleetBackend,
+        *,
+        roster: Roster,
+        bus: Bus,
+        desk: JobDesk,
+        places: Callable[[], tuple[str, ...]],
+        has_own_broker: bool = True,
+        live: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.roster = roster
+        self.has_own_broker = has_own_broker
+        self._backend = backend
+        self._bus = bus
+        self._desk = desk
+        self._places = places
+        self._live = live
+        self._answers: dict[tuple[str, str], asyncio.Future[OrderAnswer]] = {}
+
+    async def open(self) -> None:
+        """Hear how orders are answered. Raises StoreUnavailable."""
+        await self._bus.subscribe("fleet.up.*.ord.*", self._on_answer)
+
+    async def stand(self) -> None:
+        """Return when the router gives out no more work; raise what it died of."""
+        await self._live()
+
+    def closes(self) -> None:
+        """The router is about to end: what nodes draw they go on with, and keep for its next life."""
+        self._backend.closes()
+
+    # ------------------------------------------------------------------------------------------------------- what is
+
+    @property
+    def is_reigning(self) -> bool:
+        """Whether this router gives out work; another may, and this one waits."""
+        return self._backend.is_reigning
+
+    def now_s(self) -> float:
+        """The clock of `Member.heard_s`."""
+        return self._backend.now_s()
+
+    def members(self) -> tuple[Member, ...]:
+        """Every node that belongs to the fleet, heard of or not."""
+        return self._backend.members.all()
+
+    def with_model(self, model: str) -> tuple[str, ...]:
+        """The nodes that can draw with it now."""
+        return self._backend.members.at(model)
+
+    def node_of(self, job: JobId) -> str:
+        """Which node has a job now; empty where none has."""
+        return self._backend.node_of(job)
+
+    def why(self, job: Job) -> Why | None:
+        """Why the job went where it went, or why it still waits; None for one of another life of this router."""
+        if job.state != "queued":
+            return self._backend.why(job.id)
+        return self._backend.placement.explain(
+            self._waiting_of(job), n_waiting=self._n_waiting(), now_s=self._backend.now_s()
+        )
+
+    def wait_s(self, *, model: str, megapixels: float, steps: int) -> float | None:
+        """In how many seconds one such picture, asked for now, would begin; None where no node could draw it."""
+        probe = WaitingJob(job_id=JobId("?"), model=model, megapixels=megapixels, steps=steps)
+        n_waiting = self._n_waiting()
+        walked = min(n_waiting, WALKED_JOBS - 1)
+        in_line = itertools.islice(self._jobs_in_line(), walked)
+        planned = self._backend.placement.plan(
+            itertools.chain(in_line, [probe]), n_waiting=n_waiting + 1, now_s=self._backend.now_s()
+        )
+        found = next((one for one in planned if one.job_id == probe.job_id), None)
+        if found is None or found.finish_s is None or found.device_id is None:
+            return None
+        draw_s = self._backend.predictor.draw_s(
+            found.device_id, probe.model, units=probe.units, n_pictures=probe.n_pictures
+        )
+        # Beyond what is planned the line goes on as it begins.
+        longer = n_waiting / walked if walked else 1.0
+        return max(0.0, found.finish_s - draw_s) * longer
+
+    def speed(self, node: str) -> float:
+        """How fast a node is beside the others, by all that was measured; 1 where nothing was."""
+        return self._backend.predictor.speed(DeviceId(node))
+
+    # ------------------------------------------------------------------------------------------------- who belongs to it
+
+    def code(self) -> JoinCode:
+        """A new join code: good once, for a quarter of an hour."""
+        return self.roster.make_code(self._places(), is_pinned=self.has_own_broker)
+
+    def pending(self) -> tuple[Pending, ...]:
+        """Machines that ask to join, and have shown their code."""
+        return tuple(each for each in self.roster.pending() if each.code)
+
+    def approve(self, which: str) -> tuple[Enrolled, ...]:
+        """Let a machine join that asks; named by its code, or as it would be called. Raises UnknownName."""
+        return self.roster.approve(which)
+
+    def revoke(self, node: str) -> None:
+        """Put a node out, at once: its connection is cut, its jobs go elsewhere. Raises UnknownName."""
+        self.roster.revoke(node)
+
+    # --------------------------------------------------------------------------------------------- what is done to a node
+
+    def drain(self, node: str, *, is_draining: bool = True) -> None:
+        """Give it no more jobs, or jobs again. Raises UnknownName."""
+        (self.roster.drain if is_draining else self.roster.undrain)(node)
+
+    def limit(self, node: str, *, limits: Limits, max_pictures: int | None) -> None:
+        """What may be drawn there, in the place of what was settled before. Raises UnknownName."""
+        self.roster.limit(node, limits=limits, max_pictures=max_pictures)
+
+    async def pin(self, node: str, model: str, *, is_pinned: bool = True) -> None:
+        """Have a model stay in a node's memory, or let it leave again. Raises as `order`; nothing is settled then."""
+        if is_pinned:
+            await self.order(node, "pin", model)
+            self.roster.pin(node, model)
+        else:
+            self.roster.unpin(node, model)
+            await self.order(node, "unpin", model)
+
+    async def order(self, node: str, order: Orders, model: str, *, consent: str = "") -> Mapping[str, object]:
+        """Have a node do something with a model; returns when it is done there, which loading takes its time for.
+
+        Raises UnknownName, NotReady (the node is away), and what the node answers.
+        """
+        self.roster.find(node)
+        name = secrets.token_hex(8)
+        answered: asyncio.Future[OrderAnswer] = asyncio.get_running_loop().create_future()
+        self._answers[node, name] = answered
+        try:
+            self._check_is_here(node)
+            said = Order(id=name, order=order, model=model, epoch=self._backend.epoch, consent=consent)
+            await self._backend.tell(node, "order", said, reply=up(node, f"ord.{name}"))
+            while not answered.done():
+                await asyncio.wait({answered}, timeout=LOOK_EVERY_S)
+                if not answered.done():
+                    self._check_is_here(node)
+        finally:
+            del self._answers[node, name]
+        answer = answered.result()
+        if answer.error is not None:
+            raise from_wire(dict(answer.error))
+        log.info("a node did as it was told", extra={"node": node, "order": order, "model": model})
+        return answer.facts
+
+    def _check_is_here(self, node: str) -> None:
+        member = self._backend.members.get(node)
+        if member is None or member.standing(self.now_s()) == "offline":
+            raise NotReady(f"node {node} is not here now", retry_after_s=5.0, hint="start it: sdfleet node")
+
+    async def _on_answer(self, message: Incoming) -> None:
+        try:
+            node, answer = node_of(message.subject), unpack(OrderAnswer, message.data)
+        except BrokenMessage as exc:
+            log.warning("an answer makes no sense", extra={"subject": message.subject, "why": str(exc)[:200]})
+            return
+        answered = self._answers.get((node, answer.id))
+        if answered is not None and not answered.done():
+            answered.set_result(answer)
+
+    # ----------------------------------------------------------------------------------------------------- small things
+
+    def _n_waiting(self) -> int:
+        return self._desk.load().n_queued + len(self._backend.homeless())
+
+    def _jobs_in_line(self) -> Iterator[WaitingJob]:
+        yield from self._backend.homeless()
+        for waiting in self._desk.in_line():
+            yield WaitingJob(
+                job_id=waiting.job_id,
+                model=waiting.model,
+                megapixels=waiting.megapixels,
+                steps=waiting.steps,
+                n_pictures=waiting.n_pictures,
+                not_on=self._backend.not_on(waiting.job_id),
+            )
+
+    def _waiting_of(self, job: Job) -> WaitingJob:
+        return replace(like(job), not_on=self._backend.not_on(job.id))
+
+
+def like(job: Job) -> WaitingJob:
+    """A job as placement sees it."""
+    asked = job.request
+    return WaitingJob(
+        job_id=job.id,
+        model=asked.model,
+        megapixels=(asked.width_px or 0) * (asked.height_px or 0) / 2**20,
+        steps=asked.steps or 1,
+        n_pictures=asked.n_images,
+        priority=job.submission.priority,
+        owner=job.submission.caller.owner,
+        created_s=job.created_s,
+    )

@@ -1,0 +1,530 @@
+"""One device of the fleet: obeys its router, draws with the runtime underneath, keeps what it drew until that has it.
+
+    run       -> ok, and a task: input pictures fetched, drawn, spooled, `computed` said, sent in chunks, forgotten
+    cancel    -> the drawing stops after its step, and its failure is sent as its outcome
+    silence   -> goes on: what is drawn is sent when the router is back
+
+A node never listens on a port, and does nothing that is not signed with its own secret and of the newest epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import NoReturn, TypeVar
+
+import psutil
+
+from sdfleet import __version__
+from sdfleet.domain import ImageRequest, ImageResult, JobId, Picture, Progress
+from sdfleet.errors import DeadlineExceeded, JobCancelled, NotReady, SdfleetError, StoreUnavailable
+from sdfleet.fleet.messages import (
+    CHUNK_BYTES,
+    HEARTBEAT_S,
+    SIGNATURE,
+    AdapterHere,
+    BlobPart,
+    BrokenMessage,
+    Cancel,
+    Failure,
+    Heartbeat,
+    Held,
+    Hello,
+    JobNews,
+    ModelHere,
+    Order,
+    OrderAnswer,
+    Outcome,
+    PictureBlob,
+    Run,
+    RunAnswer,
+    RunningJob,
+    SayHello,
+    Verdict,
+    WantBlob,
+    Watch,
+    down,
+    is_signed,
+    pack,
+    pack_outcome,
+    unpack,
+    up,
+)
+from sdfleet.fleet.shipping import Shipping, sha256_of
+from sdfleet.fleet.spool import Spool
+from sdfleet.fleet.stock import Stock, slots_of
+from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
+from sdfleet.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Progress of one job is told so often at most; the newest step counts.
+NEWS_EVERY_S = 0.25
+# Changes of slots are told at once, but many at a time.
+BEAT_AGAIN_S = 0.05
+# How often a changed set of models is looked for.
+MODELS_EVERY_S = 5.0
+FETCH_TIMEOUT_S = 10.0
+FETCH_PATIENCE_S = 120.0
+_AGAIN_S = 1.0
+# Spooled jobs that one heartbeat names; those that are not come when these have been fetched.
+MOST_NAMED = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """Who a node is. node: its id in the fleet. secret: what its router signs with.
+
+    slots: pictures drawn at once; None: as many as pay, by what was measured (`slots_of`). device: a name for people.
+    facts: hardware as /fleet/status shows it. memory_bytes: of the device; 0: this machine's.
+    """
+
+    node: str
+    name: str
+    secret: bytes = field(repr=False)
+    slots: int | None = None
+    device: str = ""
+    memory_bytes: int = 0
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A job being drawn here. parts: progress of each picture, 0 to 1."""
+
+    run: Run
+    task: asyncio.Task[None] | None = None
+    seq: int = 0
+    parts: dict[int, float] = field(default_factory=dict)
+    eta_s: float | None = None
+    news: dict[int, JobNews] = field(default_factory=dict)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    is_drawing: bool = False
+
+    @property
+    def n_pictures(self) -> int:
+        return self.run.request.n_images
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.stop.is_set()
+
+    def check(self) -> None:
+        """Raise JobCancelled if nobody wants it any more."""
+        if self.is_cancelled:
+            raise JobCancelled(f"job {self.run.job} was cancelled")
+
+
+class Node:
+    """See the file's first lines. `run` until it is cancelled; `close` beforehand lets running jobs end.
+
+    stock: the models of this machine.
+    """
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        *,
+        control: Bus,
+        bulk: Bus,
+        runtime: Runtime,
+        spool: Spool,
+        stock: Stock,
+    ) -> None:
+        self.options = options
+        self.boot = secrets.token_hex(8)
+        self._control = control
+        self._bulk = bulk
+        self._runtime = runtime
+        self._spool = spool
+        self._stock = stock
+        self._shipping = Shipping(options.node, bus=bulk, spool=spool, on_change=self._changed)
+        self._jobs: dict[JobId, _Task] = {}
+        self._epoch = 0
+        self._seq = 0
+        self._hello = 1
+        self._models: tuple[ModelHere, ...] = ()
+        self._adapters: tuple[AdapterHere, ...] = ()
+        self._beat = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._has_news = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.is_leaving = False
+
+    # ----------------------------------------------------------------------------------------------- life of the node
+
+    async def run(self) -> NoReturn:
+        """Serve until cancelled. Jobs that are being drawn then are dropped; what is spooled stays."""
+        self._models, self._adapters = await self._stock.models(), await self._stock.adapters()
+        self._control.on_connection(self._on_connection)
+        heard = [
+            await self._control.subscribe(down(self.options.node, what), self._guarded(handler))
+            for what, handler in (
+                ("run", self._on_run),
+                ("cancel", self._on_cancel),
+                ("watch", self._on_watch),
+                ("order", self._on_order),
+                ("hello", self._on_hello),
+            )
+        ]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._say_hello(), name="hello")
+                tasks.create_task(self._heartbeats(), name="heartbeats")
+                tasks.create_task(self._tell_news(), name="news")
+                tasks.create_task(self._follow_models(), name="models")
+                tasks.create_task(self._shipping.run(), name="shipping")
+                await asyncio.Event().wait()
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            for ear in heard:
+                await ear.close()
+        raise AssertionError
+
+    async def leave(self, *, within_s: float) -> None:
+        """Take no more jobs, and return when those here are drawn and sent, or after `within_s`."""
+        self.is_leaving = True
+        self._changed()
+        try:
+            async with asyncio.timeout(within_s):
+                while self._jobs or self._spool.all():
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            log.warning("the node leaves jobs behind", extra={"n_jobs": len(self._jobs)})
+
+    @property
+    def n_drawing(self) -> int:
+        """Pictures that take slots now."""
+        return sum(job.n_pictures for job in self._jobs.values())
+
+    @property
+    def slots(self) -> int:
+        """Pictures that are drawn at once."""
+        return slots_of(self._stock.curves()) if self.options.slots is None else self.options.slots
+
+    # ------------------------------------------------------------------------------------------------- what is told it
+
+    def _guarded(self, handler: Callable[[Incoming], Awaitable[None]]) -> Callable[[Incoming], Awaitable[None]]:
+        """Only what the router said, and said to this node."""
+
+        async def heed(message: Incoming) -> None:
+            signature = message.headers.get(SIGNATURE, "")
+            if not is_signed(self.options.secret, message.subject, message.data, signature):
+                log.warning("a message that the router did not sign was not heeded", extra={"subject": message.subject})
+                return
+            try:
+                await handler(message)
+            except BrokenMessage as exc:
+                log.warning("a message makes no sense", extra={"subject": message.subject, "why": str(exc)[:200]})
+
+        return heed
+
+    def _is_old(self, epoch: int) -> bool:
+        """Whether a router that reigns no more says this."""
+        if epoch < self._epoch:
+            log.warning("an order of an old router was refused", extra={"epoch": epoch, "newest": self._epoch})
+            return True
+        self._epoch = epoch
+        return False
+
+    async def _on_run(self, message: Incoming) -> None:
+        run = unpack(Run, message.data)
+        if self._is_old(run.epoch):
+            return
+        verdict, answer = self._taken(run)
+        if verdict == "ok":
+            self._begin(run)
+        await self._publish(message.reply, answer)
+
+    def _taken(self, run: Run) -> tuple[Verdict, RunAnswer]:
+        def answer(verdict: Verdict, **more: object) -> tuple[Verdict, RunAnswer]:
+            return verdict, RunAnswer(job=run.job, lease=run.lease, verdict=verdict, **more)  # type: ignore[arg-type]
+
+        job = self._jobs.get(run.job)
+        if job is not None:
+            job.run = replace(job.run, lease=run.lease)  # given here again, by a router that had believed us dead
+            return answer("have")
+        if self._spool.get(run.job) is not None:
+            self._spool.renew(run.job, run.lease)
+            self._shipping.nudge(run.job)
+            return answer("have")
+        n_free = self.slots - self.n_drawing
+        if self.is_leaving or (self._jobs and run.request.n_images > n_free):
+            etas = [job.eta_s for job in self._jobs.values() if job.eta_s is not None]
+            return answer("busy", free_in_s=min(etas, default=None))
+        return answer("ok")
+
+    async def _on_cancel(self, message: Incoming) -> None:
+        cancel = unpack(Cancel, message.data)
+        if self._is_old(cancel.epoch):
+            return
+        job = self._jobs.get(cancel.job)
+        if job is not None:
+            job.stop.set()
+            if job.is_drawing:
+                await self._runtime.cancel(cancel.job)
+            return
+        if await asyncio.to_thread(self._spool.drop, cancel.job):
+            self._changed()
+        dropped = JobNews(job=cancel.job, lease=cancel.lease, seq=0, phase="dropped")
+        await self._publish(up(self.options.node, f"ev.{cancel.job}"), dropped)
+
+    async def _on_watch(self, message: Incoming) -> None:
+        watch = unpack(Watch, message.data)
+        job = self._jobs.get(watch.job)
+        if self._is_old(watch.epoch) or job is None:
+            return
+        job.run = replace(job.run, wants_previews=watch.previews)
+        await self._runtime.watch(watch.job, previews=watch.previews)
+
+    async def _on_order(self, message: Incoming) -> None:
+        order = unpack(Order, message.data)
+        if not self._is_old(order.epoch):
+            self._spawn(self._follow(order, message.reply), name=f"order {order.order}")
+
+    async def _on_hello(self, message: Incoming) -> None:
+        if not self._is_old(unpack(SayHello, message.data).epoch):
+            await self._say_hello()
+
+    async def _follow(self, order: Order, reply: str) -> None:
+        try:
+            answer = OrderAnswer(id=order.id, facts=await self._stock.obey(order))
+        except SdfleetError as exc:
+            answer = OrderAnswer(id=order.id, error=exc.to_wire())
+        await self._publish(reply, answer)
+        await self._look_at_models()
+        self._changed()
+
+    # ---------------------------------------------------------------------------------------------- a job, here, whole
+
+    def _begin(self, run: Run) -> None:
+        job = _Task(run)
+        self._jobs[run.job] = job
+        job.task = self._spawn(self._work(job), name=f"job {run.job}")
+        self._changed()
+
+    async def _work(self, job: _Task) -> None:
+        """A job from its acceptance to its place in the spool; whatever happens, it has an outcome."""
+        outcome: Outcome
+        try:
+            outcome = await self._drawn(job)
+        except SdfleetError as exc:
+            outcome = Failure(job_id=job.run.job, error=exc)
+        except asyncio.CancelledError:
+            self._jobs.pop(job.run.job, None)
+            raise  # the node ends; the router sees that its boot is over
+        except Exception as exc:  # one job fails with its cause, the others go on
+            log.exception("a job met a fault of ours", extra={"job_id": job.run.job})
+            fault = SdfleetError(f"{type(exc).__name__} in sdfleet itself, on {self.options.name}", hint="see its log")
+            outcome = Failure(job_id=job.run.job, error=fault)
+        try:
+            packed = await asyncio.to_thread(_packed, outcome)
+            await self._insist(lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed))
+        finally:
+            # The slot is free when the computing has ended, whenever the last byte has left the house.
+            self._jobs.pop(job.run.job, None)
+        self._shipping.nudge(job.run.job)
+        await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
+        self._changed()
+
+    async def _drawn(self, job: _Task) -> ImageResult:
+        run = job.run
+        try:
+            async with asyncio.timeout(run.budget_s):
+                image = None if run.image is None else await self._fetched(job, run.image)
+                mask = None if run.mask is None else await self._fetched(job, run.mask)
+                request: ImageRequest = replace(run.request, image=image, mask=mask)
+                prepared = await self._runtime.prepare(request, job_id=run.job)
+                job.check()
+                job.is_drawing = True
+                drawing = replace(prepared.drawing, wants_previews=job.run.wants_previews)
+                return await self._runtime.draw(
+                    replace(prepared, drawing=drawing), on_progress=lambda step: self._note(job, step)
+                )
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"job {run.job} was not done in the {run.budget_s:.0f} s it had") from exc
+
+    async def _fetched(self, job: _Task, blob: PictureBlob) -> Picture:
+        """An input picture, from the router, in chunks; it may be away for a while."""
+        run, data = job.run, bytearray()
+        end_s = asyncio.get_running_loop().time() + FETCH_PATIENCE_S
+        while len(data) < blob.n_bytes:
+            job.check()
+            want = WantBlob(job=run.job, lease=run.lease, sha256=blob.sha256, offset=len(data))
+            try:
+                answer = await self._bulk.request(up(self.options.node, "blob"), pack(want), timeout_s=FETCH_TIMEOUT_S)
+                part = unpack(BlobPart, answer.data)
+            except (NoAnswer, BrokenMessage) as exc:
+                if asyncio.get_running_loop().time() > end_s:
+                    raise NotReady(
+                        f"an input picture of job {run.job} could not be fetched: {exc}", retry_after_s=1.0
+                    ) from exc
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_AGAIN_S):
+                        await job.stop.wait()
+                continue
+            if not part.data:
+                raise NotReady(f"an input picture of job {run.job} was not given: {part.why}", retry_after_s=1.0)
+            data += part.data
+        if len(data) != blob.n_bytes or await asyncio.to_thread(sha256_of, data) != blob.sha256:
+            raise NotReady(f"an input picture of job {run.job} arrived damaged", retry_after_s=1.0)
+        return Picture(width_px=blob.width_px, height_px=blob.height_px, mode=blob.mode, data=bytes(data))
+
+    async def _insist(self, act: Callable[[], Awaitable[T]]) -> T:
+        """A full disk keeps the outcome in memory until there is room."""
+        while True:
+            try:
+                return await act()
+            except SdfleetError as exc:
+                log.warning("a finished job cannot be spooled yet", extra={"why": str(exc)})
+                await asyncio.sleep(_AGAIN_S)
+
+    # -------------------------------------------------------------------------------------------------- what it tells
+
+    def _note(self, job: _Task, progress: Progress) -> None:
+        """A step was made. Called between two steps: only notes it."""
+        job.parts[progress.image_index] = progress.step / max(1, progress.n_steps)
+        job.eta_s = progress.eta_s
+        last = job.news.pop(progress.image_index, None)
+        job.news[progress.image_index] = JobNews(
+            job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="step", image_index=progress.image_index,
+            step=progress.step, n_steps=progress.n_steps, eta_s=progress.eta_s,
+            preview=progress.preview or (None if last is None else last.preview),
+        )  # fmt: skip
+        self._has_news.set()
+
+    async def _tell_news(self) -> NoReturn:
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            for job in list(self._jobs.values()):
+                news, job.news = job.news, {}
+                for one in news.values():
+                    await self._say(job, one)
+            await asyncio.sleep(NEWS_EVERY_S)
+
+    async def _say(self, job: _Task, news: JobNews) -> None:
+        subject = up(self.options.node, f"ev.{job.run.job}")
+        if news.preview is not None and len(news.preview.data) > CHUNK_BYTES:
+            news = replace(news, preview=None)
+        await self._publish(subject, news)
+
+    async def _publish(self, subject: str, message: object) -> None:
+        """Say something to the router; what cannot be said is said again by the next heartbeat."""
+        try:
+            await self._control.publish(subject, pack(message))
+        except (StoreUnavailable, BrokenMessage) as exc:
+            log.warning("the router could not be told", extra={"subject": subject, "why": str(exc)[:200]})
+
+    def _next(self, job: _Task) -> int:
+        job.seq += 1
+        return job.seq
+
+    async def _heartbeats(self) -> NoReturn:
+        while True:
+            self._beat.clear()
+            await self._publish(up(self.options.node, "hb"), self._heartbeat())
+            await asyncio.sleep(BEAT_AGAIN_S)
+            try:
+                async with asyncio.timeout(HEARTBEAT_S - BEAT_AGAIN_S):
+                    await self._beat.wait()
+            except TimeoutError:
+                continue
+
+    def _heartbeat(self) -> Heartbeat:
+        self._seq += 1
+        standing = self._runtime.capabilities()
+        loaded, pinned = self._stock.on_device()
+        memory = self._stock.memory(self.options.memory_bytes)
+        return Heartbeat(
+            boot=self.boot,
+            seq=self._seq,
+            hello=self._hello,
+            slots=self.slots,
+            free=max(0, self.slots - self.n_drawing),
+            running=tuple(
+                RunningJob(
+                    job=job_id, lease=job.run.lease, n_pictures=job.n_pictures, eta_s=job.eta_s,
+                    part=sum(job.parts.values()) / job.n_pictures,
+                )
+                for job_id, job in self._jobs.items()
+            ),
+            spool=tuple(Held(job=each.job, lease=each.lease) for each in self._spool.all()[:MOST_NAMED]),
+            loaded=loaded,
+            pinned=pinned,
+            memory_free_bytes=memory.free_bytes,
+            memory_total_bytes=memory.total_bytes,
+            cpu_percent=psutil.cpu_percent(),
+            curves=self._stock.curves(),
+            state=standing.state,
+            reason=standing.reason,
+            is_leaving=self.is_leaving,
+        )  # fmt: skip
+
+    async def _say_hello(self) -> None:
+        hello = Hello(
+            boot=self.boot,
+            hello=self._hello,
+            name=self.options.name,
+            version=__version__,
+            device=self.options.device,
+            slots=self.slots,
+            models=self._models,
+            adapters=self._adapters,
+            memory_bytes=self._stock.memory(self.options.memory_bytes).total_bytes,
+            facts=self.options.facts,
+        )
+        await self._publish(up(self.options.node, "hello"), hello)
+
+    async def _follow_models(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(MODELS_EVERY_S)
+            await self._look_at_models()
+
+    async def _look_at_models(self) -> None:
+        models, adapters = await self._stock.models(), await self._stock.adapters()
+        if (models, adapters) != (self._models, self._adapters):
+            self._models, self._adapters = models, adapters
+            self._hello += 1
+            await self._say_hello()
+
+    def _changed(self) -> None:
+        """Something that the next heartbeat should say soon."""
+        self._beat.set()
+        self._moved.set()
+
+    def _on_connection(self, is_connected: bool) -> None:  # noqa: FBT001 - the bus calls it with one argument
+        if is_connected:
+            self._spawn(self._say_hello(), name="hello again")
+            self._changed()
+
+    def _spawn(self, work: Awaitable[None], *, name: str) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        task.set_name(name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("a task of the node met a fault of ours", exc_info=fault)
+
+
+def _packed(outcome: Outcome) -> bytes:
+    """The outcome as bytes; one that is too large to send is a failure."""
+    try:
+        return pack_outcome(outcome)
+    except BrokenMessage as exc:
+        return pack_outcome(Failure(job_id=outcome.job_id, error=SdfleetError(f"its pictures cannot be sent: {exc}")))
