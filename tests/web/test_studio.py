@@ -1,0 +1,479 @@
+"""What a person does in the studio, done in a real browser against the real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+pytest.importorskip("playwright")
+
+from playwright.sync_api import Page, expect  # noqa: E402 - the line above skips without it
+
+from tests.api.serving import Running, running  # noqa: E402
+from tests.catalog.conftest import online  # noqa: E402
+from tests.catalog.hub_server import serving  # noqa: E402
+from tests.catalog.hubs import toy_hub  # noqa: E402
+from tests.web.browser import NARROW, PATIENCE_MS  # noqa: E402
+
+__all__ = ["online"]
+
+Visit = Callable[..., Page]
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+def _ask(page: Page, prompt: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Generate", exact=True).click()
+
+
+def _finished(page: Page) -> Any:
+    return page.locator("img.finished")
+
+
+def _draw(here: Running, prompt: str, **more: Any) -> dict[str, Any]:
+    answer = httpx2.post(f"{here.url}/api/txt2img", json={"prompt": prompt, **more}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def _jobs(here: Running) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = httpx2.get(f"{here.url}/api/jobs").json()["jobs"]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- making pictures
+
+
+def test_a_prompt_becomes_a_picture_that_the_gallery_has(visit: Visit, starter_server: Running) -> None:
+    page = visit(starter_server.url)
+    page.get_by_label("Prompt", exact=True).fill("a red circle on a blue background")
+    expect(page.locator(".tokens").first).to_contain_text("7/75 tokens")
+    page.keyboard.press("Control+Enter")
+    picture = _finished(page)
+    expect(picture).to_be_visible()
+    expect(picture).to_have_js_property("naturalWidth", 128)
+    expect(page.locator(".cell img").first).to_have_attribute("alt", "a red circle on a blue background")
+    expect(page.locator(".cell img").first).not_to_have_js_property("naturalWidth", 0)
+    expect(page.locator(".facts-list")).to_contain_text("Seed")
+
+
+def test_previews_and_steps_are_seen_while_it_is_drawn(visit: Visit, starter_server: Running) -> None:
+    page = visit(starter_server.url)
+    page.get_by_label("Steps", exact=True).fill("400")
+    _ask(page, "a green triangle")
+    expect(page.get_by_test_id("standing")).to_contain_text("of 400, about")
+    expect(page.locator("img.preview")).to_be_visible()
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    expect(page.get_by_test_id("standing")).to_have_count(0)
+    assert _jobs(starter_server)[0]["state"] == "cancelled"
+
+
+def test_a_changed_setting_is_the_one_that_is_drawn_with(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    page.get_by_role("button", name="3:2").click()
+    page.get_by_label("Steps", exact=True).fill("7")
+    page.get_by_label("Guidance", exact=True).fill("4.5")
+    page.get_by_label("Sampler").select_option("euler_a")
+    page.get_by_label("Seed").fill("18446744073709551615")
+    page.get_by_label("Negative prompt").fill("blur")
+    _ask(page, "every setting")
+    expect(_finished(page)).to_be_visible()
+    job = _jobs(fake_server)[0]
+    made = {name: job[name] for name in ("steps", "guidance", "sampler", "seed", "negative_prompt", "width", "height")}
+    assert made == {
+        "steps": 7, "guidance": 4.5, "sampler": "euler_a", "seed": 2**64 - 1, "negative_prompt": "blur",
+        "width": 160, "height": 104,
+    }  # fmt: skip
+    # A seed that was typed is kept, to the last digit.
+    expect(page.get_by_label("Seed")).to_have_value("18446744073709551615")
+
+
+def test_several_requests_are_under_way_at_once_and_each_can_be_cancelled(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    with fake_server.holding() as gate:
+        for prompt in ("one of three", "two of three", "three of three"):
+            _ask(page, prompt)
+            expect(page.locator(".prompt-line")).to_have_text(prompt)
+        expect(page.locator(".queue li")).to_have_count(3)
+        page.get_by_role("button", name="Cancel: two of three").click()
+        expect(page.locator(".queue li")).to_have_count(2)
+        gate.let()
+        expect(page.locator(".queue li")).to_have_count(0)
+    states = {job["prompt"]: job["state"] for job in _jobs(fake_server)[:3]}
+    assert states == {"one of three": "done", "two of three": "cancelled", "three of three": "done"}
+
+
+def test_a_reload_during_a_job_finds_it_going_on(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    with fake_server.holding() as gate:
+        _ask(page, "outlives a reload")
+        gate.wait_for_job()
+        gate.let(2)
+        expect(page.get_by_test_id("standing")).to_contain_text("Step 2 of")
+        page.reload()
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value("outlives a reload")
+        page.locator(".queue-open").click()
+        expect(page.get_by_test_id("standing")).to_contain_text("Step 2 of")
+        gate.let()
+        expect(_finished(page)).to_be_visible()
+
+
+def test_a_server_that_was_lost_is_said_and_found_again(visit: Visit, tmp_path: Path) -> None:
+    with running(tmp_path / "home") as here:
+        port = int(here.url.rpartition(":")[2])
+        page = visit(here.url)
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
+    expect(page.get_by_text("The server does not answer. Trying again")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("asked for while it was away")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator(".form-foot .fault")).to_contain_text("does not answer")
+    with running(tmp_path / "home", listen_on=port) as here:
+        expect(page.get_by_text("Trying again; nothing")).to_have_count(0)
+        page.get_by_role("button", name="Try again").click()
+        expect(_finished(page)).to_be_visible()
+        assert [job["prompt"] for job in _jobs(here)] == ["asked for while it was away"]
+
+
+def test_a_fault_is_told_beside_its_field_and_goes_when_that_is_changed(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    page.get_by_label("Width in pixels").fill("500")
+    page.get_by_label("Width in pixels").press("Tab")
+    _ask(page, "an odd size")
+    told = page.locator("#size-told")
+    expect(told).to_contain_text("500 px is not a multiple of 8: use 496 or 504")
+    page.get_by_role("button", name="1:1").click()
+    expect(told).not_to_contain_text("500")
+    page.get_by_label("Prompt", exact=True).fill(" ")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.get_by_text("Say what the picture should show.")).to_be_visible()
+
+
+def test_what_a_model_ignores_is_off_and_says_why(visit: Visit, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    card = 'name = "plain"\nfamily = "sd"\ntitle = "Plain"\nwidth_px = 64\nheight_px = 64\nsteps = 4\nguidance = 0.0\n'
+    card += 'sampler = "lcm"\nignores = ["negative_prompt", "guidance", "mask"]\n'
+    (models / "plain.toml").write_text(card + f'folder = "{tmp_path}"\n')
+    with running(tmp_path / "home", model_dir=models) as here:
+        page = visit(here.url)
+        expect(page.get_by_label("Negative prompt")).to_be_enabled()
+        page.get_by_label("Model", exact=True).select_option("plain")
+        expect(page.get_by_label("Negative prompt")).to_be_disabled()
+        expect(page.get_by_text("Plain draws without a negative prompt.")).to_be_visible()
+        expect(page.get_by_label("Guidance", exact=True)).to_be_disabled()
+        expect(page.get_by_label("Steps", exact=True)).to_have_value("4")
+
+
+# --------------------------------------------------------------------------------------------------- pictures as input
+
+
+def test_the_brush_says_what_is_drawn_anew(visit: Visit, starter_server: Running) -> None:
+    first = _draw(starter_server, "a red circle on a blue background", seed=3)
+    page = visit(starter_server.url)
+    page.locator(".cell").first.click()
+    page.get_by_role("button", name="Redraw a part").click()
+    board = page.locator(".mask-board canvas")
+    box = board.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.15)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.15, steps=8)
+    page.mouse.up()
+    page.get_by_role("button", name="Keep the mask").click()
+    expect(page.locator(".thumb .mask")).to_be_visible()
+    _ask(page, "a yellow square on a blue background")
+    expect(page.locator(".facts-list")).to_contain_text("Change")
+    job = _jobs(starter_server)[0]
+    assert (job["task"], job["state"]) == ("inpaint", "done")
+    before, after = _pixels(base64.b64decode(first["images"][0]["b64_json"])), _pixels(
+        httpx2.get(starter_server.url + job["outputs"][0]["url"]).content
+    )
+    # Below the stroke the picture is as it was, but for the rounding of its way through the VAE.
+    changed = [abs(a - b) for a, b in zip(before[128 * 64 * 3 :], after[128 * 64 * 3 :], strict=True)]
+    assert sum(changed) / len(changed) < 3
+
+
+def _pixels(data: bytes) -> bytes:
+    from sdfleet.storage.pictures import decode
+
+    return decode(data).data
+
+
+def test_a_dropped_and_a_pasted_picture_become_the_input(visit: Visit, fake_server: Running) -> None:
+    picture = _draw(fake_server, "to be dropped", seed=11)["images"][0]["b64_json"]
+    page = visit(fake_server.url)
+    page.evaluate(
+        """([b64, name, selector, kind]) => {
+            const bytes = Uint8Array.from(atob(b64), (c) => c.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], name, {type: "image/png"}));
+            const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+                : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
+            document.querySelector(selector).dispatchEvent(event);
+        }""",
+        [picture, "dropped.png", ".drop", "drop"],
+    )
+    expect(page.get_by_alt_text("Input picture dropped.png")).to_be_visible()
+    # "Like this one", from what the file itself says.
+    page.get_by_role("button", name="Use this picture's own settings").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("to be dropped")
+    expect(page.get_by_label("Seed")).to_have_value("11")
+    page.get_by_label("How much may change", exact=True).fill("0.4")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(_finished(page)).to_be_visible()
+    assert _jobs(fake_server)[0]["task"] == "img2img"
+
+
+# ------------------------------------------------------------------------------------------------------------- the gallery
+
+
+def test_a_picture_is_found_kept_compared_and_deleted(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server()
+    for prompt in ("a Blue Whale", "a red fox", "a grey mouse"):
+        _draw(here, prompt)
+    page = visit(here.url)
+    expect(page.locator(".cell")).to_have_count(3)
+    page.get_by_label("Search prompts").fill("blue wh")
+    expect(page.locator(".cell")).to_have_count(1)
+    page.locator(".cell").click()
+    page.get_by_role("button", name="Make it a favourite").click()
+    expect(page.get_by_role("button", name="No favourite any more")).to_be_visible()
+    page.get_by_label("Search prompts").fill("")
+    expect(page.locator(".cell")).to_have_count(3)
+    page.get_by_role("button", name="Only favourites").click()
+    expect(page.locator(".cell")).to_have_count(1)
+    page.get_by_role("button", name="Only favourites").click()
+    expect(page.locator(".cell")).to_have_count(3)
+
+    page.get_by_role("button", name="Compare with another picture").click()
+    page.locator(".cell").first.click()
+    compare = page.get_by_role("dialog", name="Compare")
+    expect(compare.locator("img")).to_have_count(2)
+    page.keyboard.press("Escape")
+    expect(compare).to_have_count(0)
+
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.locator(".cell")).to_have_count(2)
+    page.reload()
+    expect(page.locator(".cell")).to_have_count(2)
+
+
+def test_like_this_one_takes_over_how_a_picture_was_made(visit: Visit, fake_server: Running) -> None:
+    _draw(fake_server, "made with care", negative_prompt="haste", steps=9, guidance=2.5, seed=2**63, sampler="heun")
+    page = visit(fake_server.url)
+    page.locator(".cell").first.click()
+    page.get_by_role("button", name="Like this one").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("made with care")
+    expect(page.get_by_label("Negative prompt")).to_have_value("haste")
+    expect(page.get_by_label("Seed")).to_have_value(str(2**63))
+    expect(page.get_by_label("Sampler")).to_have_value("heun")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator(".facts-list")).to_contain_text(str(2**63))
+    first, second = (job["outputs"][0]["id"] for job in _jobs(fake_server)[:2])
+    again = [httpx2.get(f"{fake_server.url}/api/outputs/{one}").content for one in (first, second)]
+    assert _pixels(again[0]) == _pixels(again[1])
+
+
+def test_the_history_tells_of_failures_and_tries_again(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    with fake_server.holding():
+        _ask(page, "to be given up")
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        page.get_by_role("tab", name="History").click()
+        row = page.locator(".history li").filter(has_text="to be given up")
+        expect(row).to_contain_text("cancelled")
+
+
+def test_ten_thousand_pictures_scroll_with_only_those_in_sight(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server()
+    _draw(here, "one of very many")
+    _multiply(here, n=10_000)
+    page = visit(here.url)
+    panel = page.locator("#gallery-panel")
+    expect(page.locator(".cell").first).to_be_visible()
+    most = 0
+    for _ in range(80):
+        panel.evaluate("(element) => element.scrollTo(0, element.scrollHeight)")
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        most = max(most, page.locator(".cell").count())
+        if "and more" not in (page.locator(".sheet").get_attribute("aria-label") or ""):
+            break
+        page.wait_for_function("(n) => document.querySelector('.sheet').getAttribute('aria-label') !== n", arg=page.locator(".sheet").get_attribute("aria-label"))
+    expect(page.locator(".sheet")).to_have_attribute("aria-label", "10,000 pictures")
+    panel.evaluate("(element) => element.scrollTo(0, element.scrollHeight)")
+    expect(page.locator("[data-index='9999']")).to_be_visible()
+    assert most < 120
+    # Frames while it is scrolled through from end to end: the page itself takes next to nothing of each.
+    worst_ms = page.evaluate(
+        """async () => {
+            const panel = document.querySelector("#gallery-panel");
+            const took = [];
+            for (let i = 0; i < 60; i += 1) {
+                panel.scrollTo(0, (panel.scrollHeight * i) / 60);
+                await new Promise((done) => requestAnimationFrame(done));
+                const begun = performance.now();
+                await new Promise((done) => requestAnimationFrame(done));
+                took.push(performance.now() - begun);
+            }
+            return took.sort((a, b) => a - b)[Math.floor(took.length / 2)];
+        }"""
+    )
+    assert worst_ms < 100
+
+
+def _multiply(here: Running, *, n: int) -> None:
+    """Rows and files of so many more pictures, all of them the one that is there."""
+    from dataclasses import replace
+
+    from sqlalchemy import insert
+
+    from sdfleet.domain import OutputId
+    from sdfleet.storage import job_rows
+    from sdfleet.storage.tables import outputs
+
+    (output,), _ = here.call(here.house.store.outputs())
+    source = here.house.files.path(output)
+    copies = [replace(output, id=OutputId(f"copy{i:06d}-0")) for i in range(n - 1)]
+    for copy in copies:
+        os.link(source, here.house.files.path(copy))
+    rows = [job_rows.output_row(copy, owner="local") for copy in copies]  # type: ignore[arg-type]
+    here.call(here.house.store._database.write(lambda connection: connection.execute(insert(outputs), rows).rowcount))
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_model_is_downloaded_after_its_plan_got_a_yes(visit: Visit, online: None, tmp_path: Path) -> None:  # noqa: ARG001 - sets the stage
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "toy.toml").write_text(
+        'name = "toy"\nfamily = "sd"\ntitle = "Toy"\nhf = "Maker/Toy-1"\nlicence = "Toy Licence"\n'
+        'width_px = 64\nheight_px = 64\nsteps = 4\nguidance = 2.0\nsampler = "ddim"\n'
+    )
+    with (
+        serving(toy_hub(tmp_path / "published")) as hub,
+        running(tmp_path / "home", model_dir=models, hf_endpoint=hub.url) as here,
+    ):
+        page = visit(here.url)
+        page.get_by_label("Model", exact=True).select_option("toy")
+        dialog = page.get_by_role("dialog", name="Download toy")
+        expect(dialog).to_contain_text("Toy Licence")
+        assert hub.asked_for("resolve") == []
+        dialog.get_by_role("button", name="Yes, download").click()
+        expect(page.get_by_text("toy is here.")).to_be_visible()
+        expect(page.get_by_label("Model", exact=True)).to_have_value("toy")
+        _ask(page, "drawn with it")
+        expect(_finished(page)).to_be_visible()
+        assert _jobs(here)[0]["model"] == "toy"
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_with_a_key_one_signs_in_and_the_key_stays_nowhere(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server(api_key="a secret of many words")
+    page = visit(here.url)
+    expect(page.get_by_role("heading", name="This server wants a key")).to_be_visible()
+    page.get_by_label("Key").fill("a guess")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("the key is not known here")
+    page.get_by_label("Key").fill("a secret of many words")
+    page.get_by_role("button", name="Sign in").click()
+    _ask(page, "behind a key")
+    expect(_finished(page)).to_be_visible()
+    expect(_finished(page)).not_to_have_js_property("naturalWidth", 0)
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    kept = page.evaluate("() => JSON.stringify({...localStorage}) + JSON.stringify({...sessionStorage}) + location.href")
+    assert "secret of" not in kept + cookie["value"]
+    page.reload()
+    expect(page.locator(".cell")).to_have_count(1)
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("heading", name="This server wants a key")).to_be_visible()
+
+
+def test_a_key_that_may_only_look_makes_no_pictures(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server()
+    _, secret = here.call(here.house.keys.create("viewer", scopes=("read",)))
+    page = visit(here.url)
+    expect(page.get_by_role("heading", name="This server wants a key")).to_be_visible()
+    page.get_by_label("Key").fill(secret)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_text("Your key may look, but not make pictures.")).to_be_visible()
+    expect(page.get_by_role("button", name="Generate", exact=True)).to_be_disabled()
+
+
+# ---------------------------------------------------------------------------------------------------------------- others
+
+
+@pytest.mark.parametrize("kind", ["curl", "Python", "JSON"])
+def test_the_request_can_be_taken_along_as_code_that_works(
+    visit: Visit, fake_server: Running, kind: str, tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    page = visit(fake_server.url)
+    page.get_by_label("Prompt", exact=True).fill("it's \"quoted\" \\ and $HOME")
+    page.get_by_label("Seed").fill("5")
+    page.get_by_role("button", name="Copy as curl, Python or JSON").click()
+    page.get_by_role("button", name=kind, exact=True).click()
+    code = page.locator("pre.code").inner_text()
+    match kind:
+        case "curl":
+            subprocess.run(["bash", "-c", code], cwd=tmp_path, check=True, capture_output=True)
+        case "Python":
+            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+        case _:
+            answer = httpx2.post(
+                f"{fake_server.url}/api/txt2img", json=json.loads(code), headers={"Accept": "image/png"}, timeout=60
+            )
+            (tmp_path / "picture.png").write_bytes(answer.content)
+    assert _pixels((tmp_path / "picture.png").read_bytes())
+    job = _jobs(fake_server)[0]
+    assert (job["prompt"], job["seed"]) == ("it's \"quoted\" \\ and $HOME", 5)
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(visit: Visit, fake_server: Running) -> None:
+    _draw(fake_server, "seen on a phone, with a prompt that is a good deal longer than any phone is wide")
+    page = visit(fake_server.url, viewport=NARROW, has_touch=True)
+    page.locator(".cell").first.click()
+    expect(_finished(page)).to_be_visible()
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= NARROW["width"]
+
+
+def test_the_page_is_used_with_the_keyboard_alone(visit: Visit, fake_server: Running) -> None:
+    for prompt in ("older", "newer"):
+        _draw(fake_server, prompt)
+    page = visit(fake_server.url)
+    expect(page.locator(".cell").first).to_be_visible()
+    page.locator(".cell").first.focus()
+    page.keyboard.press("Enter")
+    expect(_finished(page)).to_have_attribute("alt", "newer")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(_finished(page)).to_have_attribute("alt", "older")
+    page.locator("#main").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(_finished(page)).to_have_attribute("alt", "newer")
+
+
+def test_the_first_load_is_small(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
+    sizes = page.evaluate(
+        """() => performance.getEntriesByType("resource").concat(performance.getEntriesByType("navigation"))
+            .map((entry) => [entry.name, entry.transferSize])"""
+    )
+    assert sum(size for _, size in sizes) < 150_000, sizes
+
