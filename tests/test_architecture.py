@@ -29,6 +29,9 @@ BROAD_HANDLERS = {
     "doctor/examining.py": 1,  # one check falls over and says so, the others are told
     "engine/child.py": 1,  # the parent hears why the process ends
     "engine/engine.py": 2,  # one picture fails, its neighbours go on: a call for several, an action for one
+    "fleet/node.py": 1,  # one job fails with its cause, and the router hears it
+    "fleet/transport_memory.py": 1,  # one message fails, the others go on
+    "fleet/transport_nats.py": 1,  # the same
     "jobs/drawer.py": 1,  # one job fails, the others go on
     "jobs/webhooks.py": 1,  # one delivery is given up, the others go on
 }
@@ -81,6 +84,21 @@ def test_everything_is_caught_only_where_someone_is_answered() -> None:
             found[path.relative_to(SRC).as_posix()] = n_broad
     too_many = {name: n for name, n in found.items() if n > BROAD_HANDLERS.get(name, 0)}
     assert too_many == {}, "name the errors you expect; the allowed places are listed in this file"
+
+
+def test_the_fleet_reads_neither_pickles_nor_code() -> None:
+    """What a node or a router is sent by the other is data, whoever sends it."""
+    modules = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "joblib", "code", "importlib", "runpy"}
+    calls = {"eval", "exec", "compile", "__import__"}
+    found = []
+    for path in [*(SRC / "fleet").rglob("*.py"), SRC / "plain.py"]:
+        for node in ast.walk(_tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if called in calls or modules & {name.split(".")[0] for name in names}:
+                found.append(f"{path.relative_to(SRC)}:{getattr(node, 'lineno', 0)}")
+    assert found == []
 
 
 def test_only_settings_reads_the_environment() -> None:
@@ -150,6 +168,13 @@ def test_one_picture_at_the_command_line_loads_no_part_of_a_server(tmp_path: Pat
     loaded = _loaded_modules("import sdfleet.cli.generate, sdfleet.compose, sdfleet.storage.outputs", cwd=tmp_path)
     assert "sdfleet.runtime" in loaded
     assert loaded & {"sqlalchemy", "fastapi", "httpx", "prometheus_client", "huggingface_hub"} == set()
+
+
+def test_a_server_of_one_machine_loads_nothing_of_a_fleet(tmp_path: Path) -> None:
+    loaded = _loaded_modules("import sdfleet.api.app, sdfleet.cli.main, sdfleet.cli.serve", cwd=tmp_path)
+    assert "sdfleet.compose.house" in loaded
+    assert {name for name in loaded if name.startswith("sdfleet.fleet")} == set()
+    assert loaded & {"nats", "nkeys", "zeroconf", "ifaddr", "cryptography"} == set()
 
 
 def test_importing_the_rooms_leaves_no_trace(tmp_path: Path) -> None:

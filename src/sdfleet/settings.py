@@ -220,7 +220,7 @@ class Settings(BaseSettings):
     nats_url: Names = ()
     """A NATS server or cluster with JetStream instead of the router's own broker; separated by commas."""
     nats_seed: SecretStr | None = None
-    """The router's NKey seed there."""
+    """The router's NKey seed there; its own, which `sdfleet fleet nats-config` names, when not set."""
     nats_ca: Folder | None = None
     """A PEM file with the certificate that signs that server's."""
     nats_replicas: Annotated[int, Field(ge=1, le=5)] = 1

@@ -19,9 +19,10 @@ SMALL = Question(
 @pytest.mark.slow
 def test_who_asks_too_soon_gets_nothing_and_the_next_gets_the_answer() -> None:
     async def asked() -> None:
-        forecasts = Forecasts()
+        # No claim about speed: on a machine with much else to do the process alone may take minutes.
+        forecasts = Forecasts(longest_s=900)
         assert await forecasts.find(SMALL, wait_s=0) is None
-        found = await forecasts.find(SMALL, wait_s=120)
+        found = await forecasts.find(SMALL, wait_s=900)
         assert found is not None
         assert {(need["mode"], need["fits"]) for need in found["memory"]} == {("fast", True), ("eco", True)}
         assert found["time"]["picture_s"] > 0

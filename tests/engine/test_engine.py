@@ -238,7 +238,7 @@ def test_a_smaller_picture_is_drawn_only_when_the_request_allows_it(
     assert isinstance(failure(events, "strict").error, OutOfMemory)
     drawn = pictures(event for event in events if event.job_id == "lenient")
     assert drawn["lenient", 0].shape == (128, 128, 3)
-    assert done(events, "lenient").rungs[-1] == "smaller_picture"
+    assert "smaller_picture" in done(events, "lenient").rungs
     assert any("96x96" in text for text in done(events, "lenient").warnings)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_importing_the_libraries_asks_the_network_for_nothing() -> None:
 
 @pytest.mark.parametrize("engines", [1, "auto"])
 def test_an_engines_process_is_started_offline(engines: Literal[1, "auto"], tmp_path: Path) -> None:
-    runtime = compose.standalone(load_settings(home=tmp_path, backend="local", engines=engines))
+    runtime: Any = compose.standalone(load_settings(home=tmp_path, backend="local", engines=engines))
     backend = runtime._backend
-    made = [backend] if engines == 1 else [backend._wide, *backend._small]  # type: ignore[attr-defined]
-    assert {each._env["HF_HUB_OFFLINE"] for each in made} == {"1"}  # type: ignore[attr-defined]
+    made = [backend] if engines == 1 else [backend._wide, *backend._small]
+    assert {each._env["HF_HUB_OFFLINE"] for each in made} == {"1"}

@@ -64,6 +64,11 @@ class NodeInTest:
     runtime: Runtime | None = None
     _task: asyncio.Task[None] | None = None
 
+    @property
+    def spooled(self) -> list[Path]:
+        """What it has drawn and the router has not stored."""
+        return list((self.home / "spool").iterdir())
+
     async def start(self) -> None:
         """A new process of this node."""
         catalog = Catalog(self.home / "models")
@@ -162,7 +167,8 @@ class FleetInTest:
             transport.crown = _NeverResigns(self.broker)
         fleet = FleetBackend(transport, secret=SECRET, router=str(home))
         runtime = FleetRuntime(
-            catalog=FleetCatalog(home / "models", models=fleet.members.models, adapters=fleet.members.adapters), fleet=fleet
+            catalog=FleetCatalog(home / "models", models=fleet.members.models, adapters=fleet.members.adapters),
+            fleet=fleet,
         )
         store, files = JobStore(database), OutputFiles(home / "outputs")
 
@@ -182,7 +188,8 @@ class FleetInTest:
 
         books = Books(
             transport.ledger, body=pack_entry, is_open=is_open, unknown=unknown,
-            ended=lambda job, is_done: fleet.ended(job, is_stored=is_done), is_live=lambda job: desk.is_open(job),
+            ended=lambda job, is_done: fleet.ended(job, is_stored=is_done),
+            is_live=lambda job: desk.is_open(job),  # noqa: PLW0108 - it is made below
         )  # fmt: skip
         desk = JobDesk(
             store=store, files=files, runtime=runtime, observer=Several(books), chooser=PlacedByFleet(fleet),
@@ -248,5 +255,3 @@ async def fleet_of(folder: Path, **step_s: float) -> AsyncIterator[FleetInTest]:
     finally:
         for node in fleet.nodes.values():
             await node.kill()
-
-

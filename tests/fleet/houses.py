@@ -50,7 +50,9 @@ class RouterInMemory:
         backend = self.backends[enrolled.node] = FakeBackend()
         catalog = Catalog(home / "models")
         async with Runtime(catalog=catalog, backend=backend) as runtime:
-            options = NodeOptions(node=enrolled.node, name=enrolled.node, secret=bytes.fromhex(enrolled.secret), slots=4)
+            options = NodeOptions(
+                node=enrolled.node, name=enrolled.node, secret=bytes.fromhex(enrolled.secret), slots=4
+            )
             control, bulk = self.broker.connect(enrolled.node), self.broker.connect(enrolled.node)
             spool, stock = Spool(home / "spool"), Stock(catalog, runtime)
             node = Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)

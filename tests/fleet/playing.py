@@ -26,7 +26,7 @@ def play(story: Story, *, within_s: float = 3600.0) -> None:
 async def emptied(fleet: FleetInTest) -> None:
     """Return when the ledger and all spools are empty: nobody waits for anything."""
     async with asyncio.timeout(120):
-        while fleet.broker.written or any(list((node.home / "spool").iterdir()) for node in fleet.nodes.values()):
+        while fleet.broker.written or any(node.spooled for node in fleet.nodes.values()):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.5)
 
 

@@ -27,7 +27,7 @@ from sdfleet.storage import pictures
 from tests.fleet.brokers import free_port
 
 # Longer than anything here takes; reached only where something hangs.
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 # How long a client waits before it asks again, and how often somebody looks whether something has come about.
 AGAIN_S = 0.2
 
@@ -128,11 +128,17 @@ class RealFleet:
     def wait_for_nodes(self, n_nodes: int | None = None) -> None:
         """Return when so many nodes are here; all of them."""
         wanted = len(self.nodes) if n_nodes is None else n_nodes
-        self.until(lambda: self.status()["fleet"]["nodes_online"] >= wanted, what=f"{wanted} nodes")
+        self.until(lambda: self._n_online() >= wanted, what=f"{wanted} nodes")
         for node in self.nodes.values():
             # A code is good once: the next lives know who they are.
             node.words = tuple(word for word in node.words if not word.startswith("sdf"))
             node.words = tuple(word for word in node.words if word != "--join")
+
+    def _n_online(self) -> int:
+        for node in self.nodes.values():
+            node.check()
+        n_online: int = self.status()["fleet"]["nodes_online"]
+        return n_online
 
     def until(self, is_so: Callable[[], bool], *, what: str) -> None:
         """Return when it is so. A router that is away just now says nothing either way."""

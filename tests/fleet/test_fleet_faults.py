@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sdfleet.fleet import spool
 from sdfleet.fleet.messages import Chunk, ChunkAnswer, Failure, lease_for, pack, pack_outcome, unpack, up
 from sdfleet.fleet.shipping import sha256_of
 from sdfleet.fleet.state import Limits
-from sdfleet.fleet.transport import NoAnswer
+from sdfleet.fleet.transport import NoAnswer, Reign
 from tests.fleet.fleets import SECRET, FleetInTest, fleet_of
 from tests.fleet.playing import begun, emptied, play
 
@@ -61,7 +62,7 @@ def test_a_router_that_was_away_too_long_gives_out_no_work_any_more(tmp_path: Pa
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.1) as fleet, fleet.router() as first:
             fleet.broker.epoch += 1
-            fleet.broker.reign = replace(fleet.broker.reign, router="another", epoch=fleet.broker.epoch)  # type: ignore[type-var]
+            fleet.broker.reign = Reign(router="another", epoch=fleet.broker.epoch)
             fleet.broker.reign_until_s = asyncio.get_running_loop().time() + 1000
             await asyncio.wait_for(first.fleet.dethroned(), 10)
             job = await first.submit()
@@ -131,7 +132,7 @@ def test_lost_and_late_messages_lose_no_job(tmp_path: Path, seed: int) -> None:
 def test_a_full_disk_at_a_node_keeps_no_picture_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.1) as fleet, fleet.router() as router:
-            monkeypatch.setattr(spool.os, "fsync", _full)
+            monkeypatch.setattr(spool, "os", SimpleNamespace(fsync=_full))
             monkeypatch.setattr(spool, "MOST_HELD_BYTES", 2**20)
             done = [await router.desk.wait((await router.submit(seed=i)).id) for i in range(3)]
             assert [job.state for job in done] == ["done"] * 3
@@ -145,7 +146,6 @@ def test_a_full_disk_at_a_node_keeps_no_picture_back(tmp_path: Path, monkeypatch
             assert len(fleet.nodes["n1"].drawn) == 4
             await emptied(fleet)
 
-    # Only the spool syncs through `os`: the router's store and its pictures are elsewhere, and have room.
     play(story)
 
 
@@ -309,7 +309,10 @@ def test_a_lora_is_drawn_where_it_is(tmp_path: Path) -> None:
             folder = fleet.nodes["n2"].home / "models" / "loras"
             folder.mkdir(parents=True)
             layer = "lora_unet_down_blocks_0_attentions_0_proj_in"
-            parts = {f"{layer}.lora_down.weight": np.zeros((2, 8), np.float32), f"{layer}.lora_up.weight": np.zeros((8, 2), np.float32)}
+            parts = {
+                f"{layer}.lora_down.weight": np.zeros((2, 8), np.float32),
+                f"{layer}.lora_up.weight": np.zeros((8, 2), np.float32),
+            }
             save_file(parts, folder / "ink.safetensors")
             async with fleet.router() as router:
                 await asyncio.sleep(6)
@@ -403,7 +406,7 @@ def test_a_router_that_stands_by_answers_no_node(tmp_path: Path) -> None:
         async with fleet_of(tmp_path, n1=0.5) as fleet:
             fleet.broker.epoch = 5
             async with fleet.router() as router:
-                router.fleet._throne._reign = None  # noqa: SLF001 - as if another had taken it
+                router.fleet._throne._reign = None  # as if another had taken it
                 packed = pack_outcome(Failure(job_id=JobId("ab"), error=SdfleetError("x")))
                 chunk = Chunk(
                     job=JobId("ab"), lease=lease_for(SECRET, job=JobId("ab"), node="n1", attempt=1), offset=0,
@@ -438,15 +441,15 @@ def test_nothing_is_kept_of_jobs_that_have_ended(tmp_path: Path) -> None:
                 await router.desk.wait(job.id)
             await emptied(fleet)
             await asyncio.sleep(5)
-            under_way, books = router.fleet._under_way, router.books  # noqa: SLF001 - nobody else sees a leak
-            kept = {name: value for name in under_way.__dict__ if (value := getattr(under_way, name))}
+            under_way, books = router.fleet._under_way, router.books  # nobody else sees a leak
+            kept = {name: value for name, value in vars(under_way).items() if value}
             assert kept == {}
-            assert not (books._held or books._to_strike or books._done)  # noqa: SLF001
-            assert not router.fleet._receiving._inbound  # noqa: SLF001
+            assert [*books._held, *books._to_strike, *books._done] == []
+            assert not router.fleet._receiving._inbound
             assert all(not member.sent and not member.found for member in router.fleet.members.all())
             for node in fleet.nodes.values():
                 assert node.it is not None
-                assert not (node.it._jobs or node.it._shipping._not_before_s)  # noqa: SLF001
+                assert [*node.it._jobs, *node.it._shipping._not_before_s] == []
 
     play(story)
 
@@ -457,10 +460,9 @@ def test_a_job_that_another_process_ended_leaves_the_ledger_and_the_router_s_mem
             job = await router.submit()
             await asyncio.sleep(1)
             await router.store.cancel(job.id, {"code": "job_cancelled", "message": "elsewhere", "hint": ""})
-            live = router.desk._board.lives[job.id]  # noqa: SLF001 - what the follower does every two seconds
-            router.desk._board.follow(live, await router.store.job(job.id))  # noqa: SLF001
+            live = router.desk._board.lives[job.id]  # what the follower does every two seconds
+            router.desk._board.follow(live, await router.store.job(job.id))
             await asyncio.sleep(15)
             assert job.id not in fleet.broker.written
 
     play(story)
-

@@ -15,7 +15,7 @@ AXE = Path(__file__).parent / "vendor" / "axe.js"
 WIDE = {"width": 1440, "height": 900}
 NARROW = {"width": 390, "height": 844}
 # Longer than anything a test waits for; reached only where something hangs.
-PATIENCE_MS = 12_000
+PATIENCE_MS = 60_000
 
 
 def find_chromium() -> str | None:

@@ -14,7 +14,6 @@ from tests.web.browser import PATIENCE_MS, WIDE, find_chromium
 __all__ = ["fake_server", "server", "starter_server"]
 
 
-
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """The browser of one file of tests."""

@@ -66,7 +66,7 @@ def test_what_is_drawn_is_seen_step_by_step_and_counted_when_it_is_done(visit: V
         _ask(here, n=2)
         gate.wait_for_job()
         gate.let(3)
-        node = page.get_by_role("article").first
+        node = _section(page, "Nodes").get_by_role("article")
         expect(node).to_contain_text("step 3 of 8")
         expect(node).to_contain_text("Online")
         expect(_tile(page, "Drawing now")).to_have_text("1")
@@ -244,14 +244,14 @@ def test_nodes_of_a_fleet_are_drained_and_revoked_and_choices_are_explained(visi
         body = {"model": "starter", "prompt": "a fox", "steps": 2}
         assert httpx2.post(f"{fleet.url}/api/generate-image", json=body, timeout=120).status_code == 200
         page = visit(f"{fleet.url}/dashboard")
-        expect(page.get_by_role("article")).to_have_count(2)
+        expect(_section(page, "Nodes").get_by_role("article")).to_have_count(2)
         page.get_by_role("button", name=re.compile("What became of")).first.click()
         window = page.get_by_role("dialog")
         expect(window.get_by_role("row", name=re.compile("Chosen"))).to_have_count(1)
         expect(window.get_by_role("row", name=re.compile("mini|tower"))).to_have_count(2)
         page.keyboard.press("Escape")
 
-        mini = page.get_by_role("article", name="mini")
+        mini = _section(page, "Nodes").get_by_role("article", name="mini")
         mini.get_by_role("button", name="Drain").click()
         expect(mini.get_by_text("Draining", exact=True)).to_be_visible()
         assert next(one for one in fleet.status()["nodes"] if one["name"] == "mini")["is_draining"]
@@ -264,5 +264,5 @@ def test_nodes_of_a_fleet_are_drained_and_revoked_and_choices_are_explained(visi
 
         mini.get_by_role("button", name="Revoke").click()
         page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
-        expect(page.get_by_role("article")).to_have_count(1)
+        expect(_section(page, "Nodes").get_by_role("article")).to_have_count(1)
         assert serious(page) == []

@@ -217,8 +217,16 @@ async def _noting_fault(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     except BaseException as exc:
-        app.state.fault = exc
+        app.state.fault = _one_of(exc)
         raise
+
+
+def _one_of(fault: BaseException) -> BaseException:
+    """The error of ours that a group of tasks ended with, if that is all; else the fault as it is."""
+    found = fault
+    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+        found = found.exceptions[0]
+    return found if isinstance(found, SdfleetError) else fault
 
 
 def _drop(work: Coroutine[Any, Any, None]) -> None:

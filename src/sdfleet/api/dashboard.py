@@ -46,7 +46,7 @@ HEARTBEAT_S = 15
 MAX_SNAPSHOTS = 600
 # More jobs than these are not drawn at once by anything a person watches job by job.
 MAX_RUNNING = 100
-SERIES_KEPT_S = 4.0
+SERIES_KEPT_S = 2.0
 
 
 class _Window(NamedTuple):

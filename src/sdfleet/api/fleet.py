@@ -110,27 +110,27 @@ async def pending(request: Request) -> PendingsAnswer:
 @router.post("/nodes/{node}/approve", dependencies=[needs("manage")])
 async def approve(request: Request, node: str) -> NodesAnswer:
     """Let a machine join that asks; `node` is the code that it shows, or the name that it would get."""
-    return NodesAnswer(nodes=[each.node for each in _fleet(request).approve(node)])
+    return NodesAnswer(nodes=[each.node for each in await _fleet(request).approve(node)])
 
 
 @router.post("/nodes/{node}/revoke", dependencies=[needs("manage")])
 async def revoke(request: Request, node: str) -> NodesAnswer:
     """Put a node out at once. Its jobs go elsewhere; what it still sends is refused."""
-    _fleet(request).revoke(node)
+    await _fleet(request).revoke(node)
     return NodesAnswer(nodes=[node])
 
 
 @router.post("/nodes/{node}/drain", dependencies=[needs("manage")])
 async def drain(request: Request, node: str) -> NodesAnswer:
     """Give a node no more jobs; what it draws it ends."""
-    _fleet(request).drain(node)
+    await _fleet(request).drain(node)
     return NodesAnswer(nodes=[node])
 
 
 @router.post("/nodes/{node}/undrain", dependencies=[needs("manage")])
 async def undrain(request: Request, node: str) -> NodesAnswer:
     """Give a node jobs again."""
-    _fleet(request).drain(node, is_draining=False)
+    await _fleet(request).drain(node, is_draining=False)
     return NodesAnswer(nodes=[node])
 
 
@@ -147,7 +147,7 @@ async def limit(
         max_pictures=asked.max_pictures,
         only=None if asked.only is None else frozenset(asked.only),
     )
-    _fleet(request).limit(node, limits=limits, max_pictures=asked.slots)
+    await _fleet(request).limit(node, limits=limits, max_pictures=asked.slots)
     return NodesAnswer(nodes=[node])
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 # What changes faster than this, a person does not read.
 PERIOD_S = 1.0
-# Making one may take a twentieth of one core's time and no more: with many jobs in the store they come less often.
-REST = 19.0
+# Making one may take a fortieth of the time and no more: with many jobs in the store they come less often.
+REST = 39.0
 MAX_PERIOD_S = 10.0
 
 

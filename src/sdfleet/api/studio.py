@@ -125,7 +125,9 @@ async def tokens(request: Request, asked: Annotated[TokensAsked, Depends(json_bo
 
 
 @router.post("/api/metadata", openapi_extra=described(PictureAsked))
-async def metadata(request: Request, asked: Annotated[PictureAsked, Depends(json_body(PictureAsked))]) -> MetadataAnswer:
+async def metadata(
+    request: Request, asked: Annotated[PictureAsked, Depends(json_body(PictureAsked))]
+) -> MetadataAnswer:
     """How a picture was made, out of its file: ours, or one with AUTOMATIC1111's line of settings."""
     check_right(caller_of(request), "read")
     data = await read_bytes(house_of(request), asked.image, field="image")

@@ -202,9 +202,7 @@ async def _all(settings: Settings, gpus: list[str]) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for gpu in gpus:
             env = environment_with({"CUDA_VISIBLE_DEVICES": gpu})
-            await stack.enter_async_context(
-                kept_alive(["node", "--gpu", gpu], env=env, drain_s=settings.drain_s)
-            )
+            await stack.enter_async_context(kept_alive(["node", "--gpu", gpu], env=env, drain_s=settings.drain_s))
         await ending.wait()
 
 

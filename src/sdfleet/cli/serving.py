@@ -18,9 +18,7 @@ ANSWER_WITHIN_S = 1800.0
 CONNECT_WITHIN_S = 5.0
 
 
-def ask(
-    settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None
-) -> dict[str, Any] | None:
+def ask(settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The server's answer; None where no server runs. Raises the SdfleetError that it answers with."""
     import http.client
 

@@ -102,7 +102,7 @@ def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *,
         node=identity.node,
         name=settings.node_name or platform.node() or identity.node,
         secret=identity.secret_bytes,
-        slots=settings.node_slots or 4,
+        slots=settings.node_slots,
         device=str(runtime.capabilities().facts.get("device", settings.device)),
         facts=hardware(),
     )

@@ -112,7 +112,7 @@ async def fleet_house(
         is_open=_is_open(here),
         unknown=_into_store(here),
         ended=lambda job, is_done: backend.ended(job, is_stored=is_done),
-        is_live=lambda job: desk.is_open(job),
+        is_live=lambda job: desk.is_open(job),  # noqa: PLW0108 - the desk is made below
     )
     desk = here.desk(
         runtime,
@@ -135,7 +135,9 @@ async def fleet_house(
         desk=desk,
         places=lambda: lines.places,
         has_own_broker=lines.broker is not None,
+        apply=joining.apply,
         live=life.live,
+        end=life.end,
     )
     async with runtime:
         await backend.open()
@@ -145,7 +147,6 @@ async def fleet_house(
             yield here.house(runtime, desk, Readiness(life.prepare), fleet=fleet)
         finally:
             fleet.closes()
-            life.end()
             await desk.close()
             await joining.close()
             await asyncio.to_thread(_remember, book, backend.predictor)
@@ -263,7 +264,7 @@ def _into_store(here: Ground) -> Callable[[Entry], Awaitable[bool]]:
 @contextlib.asynccontextmanager
 async def _lines(settings: Settings, roster: Roster) -> AsyncIterator[Lines]:
     if settings.nats_url:
-        async with _another(settings) as transport:
+        async with _another(settings, roster) as transport:
             yield Lines(transport=transport, broker=None, places=settings.nats_url)
         return
     broker = Broker(
@@ -288,13 +289,13 @@ async def _lines(settings: Settings, roster: Roster) -> AsyncIterator[Lines]:
 
 
 @contextlib.asynccontextmanager
-async def _another(settings: Settings) -> AsyncIterator[Transport]:
+async def _another(settings: Settings, roster: Roster) -> AsyncIterator[Transport]:
     """A broker that somebody else runs. Raises StoreUnavailable, InvalidValue."""
     seed = None if settings.nats_seed is None else settings.nats_seed.get_secret_value()
     bus = await connect(
         settings.nats_url,
         name="router",
-        credentials=None if seed is None else Credentials(seed=seed),
+        credentials=roster.credentials() if seed is None else Credentials(seed=seed),
         tls=_trusting(settings.nats_ca),
         is_pinned=False,
     )

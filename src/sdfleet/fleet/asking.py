@@ -31,7 +31,7 @@ from sdfleet.fleet.joining import (
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.messages import BrokenMessage, inbox_of, is_signed, pack, sign, unpack, up
 from sdfleet.fleet.transport import Bus, NoAnswer
-from sdfleet.fleet.transport_nats import Credentials, NotLetIn, connect
+from sdfleet.fleet.transport_nats import Credentials, NatsBus, NotLetIn, connect
 from sdfleet.fleet.trust import PENDING_S, asking_inbox, code_inbox, guest_key
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ async def join(code_text: str, *, keys: Sequence[NKey], wish: str) -> tuple[Iden
             with contextlib.suppress(NoAnswer):
                 answer = await bus.request(subject, payload, headers=headers, timeout_s=ANSWER_S)
                 if is_signed(code.proof, answer.subject, answer.data, answer.headers.get(PROOF, "")):
-                    return _identities(_read(Joined, answer.data), keys)
+                    made = _identities(_read(Joined, answer.data), keys)
+                    await _let_in(made[0])
+                    return made
                 log.warning("an answer to the join was not signed by the router that made the code")
         raise (
             refusal
@@ -150,6 +152,14 @@ async def _is_approved(bus: Bus, key: NKey, offer: Identity) -> bool:
             raise JoinRefused("this machine was turned away, or the router has gone", hint="ask again") from None
         return False
     return _heard(Asked, answer.data).is_approved
+
+
+async def _let_in(made: Identity) -> None:
+    """Return once the broker knows the new node; another's broker is told by its operator, whenever that is."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + LET_IN_S
+    while made.authority and loop.time() < end_s and not await _is_welcome(made):  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(_AGAIN_S)
 
 
 async def _is_welcome(offer: Identity) -> bool:
@@ -245,22 +255,24 @@ async def _found(places: Sequence[str], *, fingerprint: bytes | None) -> _Route:
 @asynccontextmanager
 async def _connection(
     route: _Route, *, key: NKey, inbox: str, refusal: SdfleetError, is_new: bool = False
-) -> AsyncIterator[Bus]:
+) -> AsyncIterator[NatsBus]:
     """A connection with this key. is_new: the broker is only now told of it. Raises `refusal`, StoreUnavailable."""
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + (LET_IN_S if is_new else 0.0)
-    while True:
-        try:
-            bus = await connect(
-                urls_of((route.place,)), name="joins", credentials=Credentials(seed=key.seed), tls=route.tls,
-                inbox=inbox, within_s=ANSWER_S,
-            )  # fmt: skip
-            break
-        except NotLetIn as exc:
-            if loop.time() >= end_s:
-                raise refusal from exc
-        await asyncio.sleep(_AGAIN_S)
+    end_s = asyncio.get_running_loop().time() + (LET_IN_S if is_new else 0.0)
+    bus = await _let_in_by(end_s, route, key=key, inbox=inbox, refusal=refusal)
     try:
         yield bus
     finally:
         await bus.close()
+
+
+async def _let_in_by(end_s: float, route: _Route, *, key: NKey, inbox: str, refusal: SdfleetError) -> NatsBus:
+    while True:
+        try:
+            return await connect(
+                urls_of((route.place,)), name="joins", credentials=Credentials(seed=key.seed), tls=route.tls,
+                inbox=inbox, within_s=ANSWER_S,
+            )  # fmt: skip
+        except NotLetIn as exc:
+            if asyncio.get_running_loop().time() >= end_s:
+                raise refusal from exc
+        await asyncio.sleep(_AGAIN_S)

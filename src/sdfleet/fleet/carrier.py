@@ -328,6 +328,10 @@ class Carrier:
         self._wake()
         try:
             return await home
+        except asyncio.CancelledError:
+            if home.done() and not home.cancelled() and home.exception() is None:
+                self._free(home.result(), job)  # a place was kept for it already
+            raise
         finally:
             self._under_way.homeless.pop(job, None)
 

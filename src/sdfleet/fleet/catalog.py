@@ -29,7 +29,7 @@ FLEET = Path("fleet")
 
 
 class FleetAdapters(Adapters):
-    """LoRAs and embeddings of the nodes. What their files hold, and which embedding a prompt names, the nodes decide."""
+    """LoRAs and embeddings of the nodes. What their files hold, and which embedding a prompt names, these decide."""
 
     def __init__(self, models_folder: Path, here: Callable[[], Mapping[tuple[str, str], AdapterHere]]) -> None:
         super().__init__(models_folder)
@@ -43,14 +43,10 @@ class FleetAdapters(Adapters):
     def find(self, kind: Kind, name: str) -> Adapter:
         """The one of this name, whatever its case, or of this alias. Raises UnknownName."""
         known = self.all(kind)
-        for is_it in (
-            lambda one: one.name == name,
-            lambda one: one.name.casefold() == name.casefold(),
-            lambda one: one.alias == name,
-        ):
-            found = next((one for one in known if is_it(one)), None)
-            if found is not None:
-                return found
+        same = [one for one in known if one.name == name]
+        alike = [one for one in known if one.name.casefold() == name.casefold()]
+        for one in (*same, *alike, *(one for one in known if one.alias == name)):
+            return one
         raise UnknownName(TITLES[kind], name, (one.name for one in known))
 
     def used(self, adapter: Adapter) -> AdapterFile:

@@ -35,8 +35,9 @@ LOOK_EVERY_S = 2.0
 class Fleet:
     """See the file's first lines.
 
-    places: where nodes reach the broker, for join codes. has_own_broker: another
-    broker's users are its operator's to add. live: see `stand`.
+    places: where nodes reach the broker, for join codes. has_own_broker: another broker's users are its operator's to
+    add. apply: makes what the roster says true, at the broker and for who is given work. live: see `stand`, end:
+    `closes`.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Fleet:
         desk: JobDesk,
         places: Callable[[], tuple[str, ...]],
         has_own_broker: bool = True,
+        apply: Callable[[], Awaitable[None]],
         live: Callable[[], Awaitable[None]],
+        end: Callable[[], None],
     ) -> None:
         self.roster = roster
         self.has_own_broker = has_own_broker
@@ -56,7 +59,9 @@ class Fleet:
         self._bus = bus
         self._desk = desk
         self._places = places
+        self._apply = apply
         self._live = live
+        self._end = end
         self._answers: dict[tuple[str, str], asyncio.Future[OrderAnswer]] = {}
 
     async def open(self) -> None:
@@ -70,6 +75,7 @@ class Fleet:
     def closes(self) -> None:
         """The router is about to end: what nodes draw they go on with, and keep for its next life."""
         self._backend.closes()
+        self._end()
 
     # ------------------------------------------------------------------------------------------------------- what is
 
@@ -125,7 +131,7 @@ class Fleet:
         """How fast a node is beside the others, by all that was measured; 1 where nothing was."""
         return self._backend.predictor.speed(DeviceId(node))
 
-    # ------------------------------------------------------------------------------------------------- who belongs to it
+    # ------------------------------------------------------------------------------------------------ who belongs to it
 
     def code(self) -> JoinCode:
         """A new join code: good once, for a quarter of an hour."""
@@ -135,23 +141,28 @@ class Fleet:
         """Machines that ask to join, and have shown their code."""
         return tuple(each for each in self.roster.pending() if each.code)
 
-    def approve(self, which: str) -> tuple[Enrolled, ...]:
+    async def approve(self, which: str) -> tuple[Enrolled, ...]:
         """Let a machine join that asks; named by its code, or as it would be called. Raises UnknownName."""
-        return self.roster.approve(which)
+        made = self.roster.approve(which)
+        await self._apply()
+        return made
 
-    def revoke(self, node: str) -> None:
+    async def revoke(self, node: str) -> None:
         """Put a node out, at once: its connection is cut, its jobs go elsewhere. Raises UnknownName."""
         self.roster.revoke(node)
+        await self._apply()
 
-    # --------------------------------------------------------------------------------------------- what is done to a node
+    # --------------------------------------------------------------------------------------------- what is done to one
 
-    def drain(self, node: str, *, is_draining: bool = True) -> None:
+    async def drain(self, node: str, *, is_draining: bool = True) -> None:
         """Give it no more jobs, or jobs again. Raises UnknownName."""
         (self.roster.drain if is_draining else self.roster.undrain)(node)
+        await self._apply()
 
-    def limit(self, node: str, *, limits: Limits, max_pictures: int | None) -> None:
+    async def limit(self, node: str, *, limits: Limits, max_pictures: int | None) -> None:
         """What may be drawn there, in the place of what was settled before. Raises UnknownName."""
         self.roster.limit(node, limits=limits, max_pictures=max_pictures)
+        await self._apply()
 
     async def pin(self, node: str, model: str, *, is_pinned: bool = True) -> None:
         """Have a model stay in a node's memory, or let it leave again. Raises as `order`; nothing is settled then."""
@@ -161,6 +172,7 @@ class Fleet:
         else:
             self.roster.unpin(node, model)
             await self.order(node, "unpin", model)
+        await self._apply()
 
     async def order(self, node: str, order: Orders, model: str, *, consent: str = "") -> Mapping[str, object]:
         """Have a node do something with a model; returns when it is done there, which loading takes its time for.

@@ -90,20 +90,30 @@ async def announced(
                 await (await zeroconf.async_unregister_service(info))
 
 
-async def look_around(*, within_s: float = LOOK_S, interfaces: Sequence[str] | None = None) -> tuple[Sighting, ...]:
-    """Routers that answer on the local network. Raises StoreUnavailable where it carries no multicast."""
+async def look_around(
+    *, within_s: float = LOOK_S, n_enough: int | None = None, interfaces: Sequence[str] | None = None
+) -> tuple[Sighting, ...]:
+    """Routers that answer on the local network within that time, or the first `n_enough` of them.
+
+    Raises StoreUnavailable where the network carries no multicast.
+    """
     names: dict[str, None] = {}
+    is_enough = asyncio.Event()
 
     def noted(*, name: str, state_change: ServiceStateChange, **_: object) -> None:
         if state_change is not ServiceStateChange.Removed:
             names[name] = None
+            if len(names) == n_enough:
+                is_enough.set()
 
     async with _zeroconf(interfaces) as zeroconf:
         if zeroconf is None:
             raise StoreUnavailable("this machine cannot look around on its network", hint="join with a code instead")
         browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[noted])
         try:
-            await asyncio.sleep(within_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await is_enough.wait()
             found = [await _seen(zeroconf.zeroconf, name) for name in names]
         finally:
             await browser.async_cancel()

@@ -17,7 +17,8 @@ class Errand:
     """A job that is with a node now. Times are of the router's loop.
 
     attempt: of all that this router has begun. begun_s: when it was given out; until_s: when nobody wants it any more.
-    boot: the process of the node that has it. is_taken: the node has said that it has the job.
+    boot: the process of the node that has it. is_taken: the node has said that it has the job. is_computed: and that it
+    has drawn it.
     changed: set whenever something of this is another. answer: the node's last word to `run`, until it is looked at.
     why_lost: set when the node will not bring the job to its end. n_missing: heartbeats in a row without the job.
     picture_s: of the node, when the errand began, see `Member.picture_s`.
@@ -34,6 +35,7 @@ class Errand:
     picture_s: float = 0.0
     boot: str = ""
     is_taken: bool = False
+    is_computed: bool = False
     is_cancelled: bool = False
     wants_previews: bool = False
     last_seq: int = 0

@@ -129,8 +129,8 @@ class Listening:
             if sent is not None and errand is not None:
                 units = sent.megapixels * errand.prepared.drawing.steps
                 member.sent[running.job] = with_progress(sent, part_left=part_left, units=units, now_s=now_s)
-            elif sent is None and (errand is None or errand.node != member.node):
-                # What it does is not known here; that it takes a place there is.
+            elif sent is None and (errand is None or errand.node != member.node or not errand.is_computed):
+                # It was not sent there by this router now, but it takes a place.
                 one = RunningJob(
                     job_id=running.job, model=next(iter(beat.loaded), ""), megapixels=0.0,
                     n_pictures=max(1, running.n_pictures), picture_units_left=0.0, as_of_s=now_s,
@@ -179,6 +179,7 @@ class Listening:
                 errand.take(news)
             case "computed":
                 # The device has room again, whenever the pictures have been sent.
+                errand.is_computed = True
                 self._free(node, news.job)
             case "dropped":
                 arrived = errand.expected.arrived

@@ -77,7 +77,8 @@ class _Inbound:
 class Receiving:
     """Handler of `fleet.up.*.res`. secret: what leases were made with.
 
-    reigns: whether this router is to answer at all: another may share the broker. expected: what is awaited of a job;
+    reigns: whether this router is to answer at all: another may share the broker. is_member: whether a
+    node may take part. expected: what is awaited of a job;
     None where nobody awaits it. is_open: whether a job has not ended; None while this router does not know its jobs.
     offered: called with an open job that nobody awaits, and the node that has its outcome.
     """
@@ -88,6 +89,7 @@ class Receiving:
         *,
         secret: bytes,
         reigns: Callable[[], bool],
+        is_member: Callable[[str], bool],
         expected: Callable[[JobId], Expected | None],
         is_open: Callable[[JobId], bool | None],
         offered: Callable[[JobId, str], None],
@@ -95,6 +97,7 @@ class Receiving:
         self._bus = bus
         self._secret = secret
         self._reigns = reigns
+        self._is_member = is_member
         self._expected = expected
         self._is_open = is_open
         self._offered = offered
@@ -122,6 +125,9 @@ class Receiving:
             chunk = unpack(Chunk, message.data)
         except BrokenMessage as exc:
             log.warning("a chunk makes no sense", extra={"subject": message.subject, "why": str(exc)[:200]})
+            return
+        if not self._is_member(node):
+            log.warning("a node that may not take part sent a result", extra={"node": node, "job_id": chunk.job})
             return
         if not message.reply.startswith(f"{inbox_of(node)}."):
             # The router may say what a node may not: it answers nowhere but in the node's own inbox.

@@ -30,7 +30,7 @@ from sdfleet.fleet.placement import Placement
 from sdfleet.fleet.receiving import Expected, Receiving
 from sdfleet.fleet.state import Device, DeviceId, NodeId, RunningJob, WaitingJob
 from sdfleet.fleet.throne import Throne
-from sdfleet.fleet.transport import Transport
+from sdfleet.fleet.transport import HOLD_S, Transport
 from sdfleet.fleet.underway import Assigned, UnderWay
 from sdfleet.fleet.voice import Voice
 from sdfleet.runtime import Prepared
@@ -43,6 +43,8 @@ AWAY_S = 3.0
 # Before the first dispatch: nodes that hold jobs of an earlier life of this router say so in their heartbeats.
 SETTLE_S = 2 * HEARTBEAT_S
 N_WHYS = 2000
+# Jobs that have ended and are still known to have; of interest for the first half minute of a reign.
+N_OVER = 2000
 
 
 class FleetBackend:
@@ -82,25 +84,29 @@ class FleetBackend:
             secret=secret, is_open=self._is_open, offered=self._offer, free=self._free, moved=self._member_changed,
         )  # fmt: skip
         self._receiving = Receiving(
-            transport.bus, secret=secret, reigns=lambda: self.is_reigning, expected=self._under_way.expected.get,
+            transport.bus, secret=secret, reigns=lambda: self.is_reigning,
+            is_member=lambda node: self.members.get(node) is not None, expected=self._under_way.expected.get,
             is_open=self._is_open, offered=self._offer,
         )  # fmt: skip
         self._devices: dict[str, Device] = {}
         self._whys: OrderedDict[JobId, Why] = OrderedDict()
+        self._over: OrderedDict[JobId, None] = OrderedDict()
         self._wakes: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Future[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._knows_jobs = False
         self._keeps_all = False
         self._is_closed = False
 
     def now_s(self) -> float:
-        """The router's clock: the event loop's."""
-        return asyncio.get_running_loop().time()
+        """The router's clock: the event loop's; may be asked in any thread once this is open."""
+        return (self._loop or asyncio.get_running_loop()).time()
 
     # ------------------------------------------------------------------------------------------------------ its life
 
     async def open(self) -> None:
         """Listen to the nodes and reach for the crown. Raises StoreUnavailable."""
+        self._loop = asyncio.get_running_loop()
         self._transport.bus.on_connection(self._on_connection)
         await self._listening.open()
         await self._transport.bus.subscribe("fleet.up.*.res", self._receiving.take)
@@ -251,6 +257,9 @@ class FleetBackend:
             _settle(expected, is_stored=is_stored)
         self._under_way.forget(job)
         self.placement.forget(job)
+        self._over[job] = None
+        while len(self._over) > N_OVER:
+            self._over.popitem(last=False)
         if assigned is not None:
             self._free(assigned.node, job)
 
@@ -371,7 +380,13 @@ class FleetBackend:
             self._wake()
 
     def _is_open(self, job: JobId) -> bool | None:
-        return self.knows_open(job) if self._knows_jobs else None
+        if not self._knows_jobs:
+            return None
+        if self.knows_open(job):
+            return True
+        # What the router before this one held in the ledger comes to this one only when that time is over.
+        is_early = self.now_s() - self._throne.since_s < HOLD_S + SETTLE_S
+        return None if is_early and job not in self._over else False
 
     async def _ask_who_is_there(self, *, all_of_them: bool = False) -> None:
         for member in self.members.all():

@@ -73,7 +73,7 @@ class Shipping:
             self._not_before_s = {job: s for job, s in self._not_before_s.items() if job in here}
             waits = [max(0.0, s - now_s) for job, s in self._not_before_s.items() if job not in sending]
             try:
-                async with asyncio.timeout(min(waits, default=None)):  # type: ignore[arg-type]
+                async with asyncio.timeout(min(waits, default=None)):
                     await self._news.wait()
             except TimeoutError:
                 continue

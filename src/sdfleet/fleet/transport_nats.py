@@ -52,6 +52,9 @@ FETCH_S = 1.0
 # A write that is synced to disk takes 1 to 20 ms; with a broker that is being started again, a second.
 WRITE_S = 3.0
 RECONNECT_S = 0.25
+# A broker that reads its users anew just now turns away whoever is in the middle of saying who it is: seen with three
+# nodes that joined at the same moment. One that is really unknown is told so after half a second.
+REFUSALS = 3
 CLOSE_S = 2.0
 # A connection that is silent for two of these is given up.
 PING_S = 5
@@ -117,6 +120,7 @@ async def connect(
         options |= {"user": credentials.user, "password": credentials.password} if credentials.user else {}
     loop = asyncio.get_running_loop()
     end_s = loop.time() + within_s
+    n_refused = 0
     while True:
         client = Client()
         try:
@@ -125,11 +129,13 @@ async def connect(
                 await client.connect(list(urls), **{**options, "allow_reconnect": False})
         except (NatsError, OSError, TimeoutError) as exc:
             await _ended(client)
-            if _is_refusal(exc) or bus.was_refused:
+            n_refused = n_refused + 1 if _is_refusal(exc) or bus.was_refused else 0
+            if n_refused >= REFUSALS:
                 raise NotLetIn("the fleet's broker does not know this connection's key", retry_after_s=2.0) from exc
             if loop.time() >= end_s:
                 why = bus.fault or str(exc) or type(exc).__name__
                 raise StoreUnavailable(f"the fleet's broker cannot be reached: {why}", retry_after_s=2.0) from exc
+            bus.forgive()
             await asyncio.sleep(RECONNECT_S)
         else:
             client.options["allow_reconnect"] = True
@@ -233,6 +239,10 @@ class NatsBus:
             log.warning("the connection to the broker has a fault", extra={"connection": self._name, "why": fault})
         if self._was_refused:
             self._tell()
+
+    def forgive(self) -> None:
+        """It is tried once more."""
+        self._was_refused = False
 
     async def on_lost(self) -> None:
         """Called by the client library."""

@@ -76,7 +76,7 @@ class UnderWay:
         """The job has ended."""
         self.stop(job)
         for kept in (self.prepared, self.assigned, self.expected, self.homeless, self.not_on, self.offers):
-            kept.pop(job, None)  # type: ignore[attr-defined]
+            kept.pop(job, None)
 
     def withdraw(self, node: str) -> None:
         """The node is gone, and what it offered with it."""

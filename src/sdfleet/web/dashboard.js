@@ -90,12 +90,13 @@ function useAsked(path, pulse, isVisible, everyMs = AT_LEAST_EVERY_MS) {
     const away = new AbortController();
     let timer = 0;
     let isAsking = false;
-    let isStale = false;
+    // The server's answer may be some seconds old: what has just ended is in the next one for certain.
+    let nLeft = 0;
     let askedMs = -Infinity;
     const after = (ms) => { clearTimeout(timer); timer = setTimeout(ask, ms); };
     const ask = async () => {
       isAsking = true;
-      isStale = false;
+      nLeft -= 1;
       askedMs = performance.now();
       try {
         setAnswer(await call(path, { signal: away.signal }));
@@ -103,10 +104,10 @@ function useAsked(path, pulse, isVisible, everyMs = AT_LEAST_EVERY_MS) {
         // The line at the top says it when the server is away; a key that may not read is told by the events.
       }
       isAsking = false;
-      if (!away.signal.aborted) after(isStale ? REFRESH_MS : everyMs);
+      if (!away.signal.aborted) after(nLeft > 0 ? REFRESH_MS : everyMs);
     };
     soon.current = (isAtOnce) => {
-      isStale = true;
+      nLeft = 2;
       if (!isAsking) after(isAtOnce ? 0 : Math.max(0, askedMs + REFRESH_MS - performance.now()));
     };
     ask();

@@ -223,7 +223,7 @@ function Input({ form, why, whyMask, card, errors }) {
           ${whyMask && html`<p class="told">${whyMask}</p>`}
         </div></div>
         <${Slider} label=${t.strength} name="strength" min=${0.05} max=${1} step=${0.05} value=${form.strength} fallback=${card?.strength ?? 0.75} error=${errors.strength} />`}
-    <input ref=${file} class="visually-hidden" type="file" accept="image/*" tabindex="-1" aria-label=${t.chooseFile}
+    <input ref=${file} type="file" accept="image/*" hidden
       onChange=${(event) => { const [chosen] = event.target.files; event.target.value = ""; if (chosen) take(chosen, chosen.name); }} />
     ${(errors.image || errors.mask) && html`<p class="told error">${errors.image || errors.mask}</p>`}
   </div>`;

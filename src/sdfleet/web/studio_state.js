@@ -46,7 +46,8 @@ function kept() {
 export function fill(change) {
   studio.set(({ form, errors }) => {
     const next = { ...form, ...change };
-    const left = Object.fromEntries(Object.entries(errors).filter(([name]) => !(name in change)));
+    const isSize = "ratio" in change || "width" in change;
+    const left = Object.fromEntries(Object.entries(errors).filter(([name]) => !(name in change) && !(name === "size" && isSize)));
     return { form: next, errors: left };
   });
   try {
@@ -98,7 +99,11 @@ export function bodyOf(state) {
   return body;
 }
 
-const FIELD_OF = { negative_prompt: "negative", n: "n", size: "size", width: "size", height: "size" };
+// Where the form shows the fault of a field; one of any other is shown above the button.
+const FIELD_OF = {
+  prompt: "prompt", negative_prompt: "negative", width: "size", height: "size", size: "size", steps: "steps", n: "n",
+  guidance: "guidance", sampler: "sampler", seed: "seed", image: "image", mask: "mask", strength: "strength",
+};
 // One key for one press of the button: a repeat after a lost connection joins the job that the first press made.
 let pressed = null;
 
@@ -124,13 +129,14 @@ export async function generate() {
     const job = await call("/api/jobs", { method: "POST", body, headers: { "Idempotency-Key": pressed.key } });
     pressed = null;
     studio.set(({ jobs }) => ({ jobs: [...jobs.filter((one) => one.id !== job.id), job], focus: job.id, shown: null }));
-    await look();
+    // Not waited for: the button is free again at once. A fault of it is told at the top of the page.
+    look().catch(() => {});
   } catch (fault) {
     // Lost on the way: the same key again asks for the same job. A refusal is final, the next press is a new request.
     if (fault.code !== "unreachable") pressed = null;
-    const field = FIELD_OF[fault.field] ?? fault.field;
+    const field = FIELD_OF[fault.field];
     const said = fault.hint ? `${fault.message}: ${fault.hint}` : fault.message;
-    studio.set({ errors: field && field in { ...FORM, size: 0 } ? { [field]: said } : { form: fault } });
+    studio.set({ errors: field ? { [field]: said } : { form: fault } });
   } finally {
     studio.set({ isSending: false });
   }
