@@ -104,12 +104,15 @@ async def _measure(n: int) -> dict[str, dict[str, float]]:
 def _give_out(fleet: FleetBackend) -> None:
     """What the desk does with its chooser, for jobs that are begun already."""
     chooser, line = PlacedByFleet(fleet), FairQueue()
-    chooser.on_change(lambda: asyncio.get_running_loop().call_soon(_ask, chooser, line) and None)
+
+    def ask() -> None:
+        chooser.next(line, now_s=time.time())
+
+    def wake() -> None:
+        asyncio.get_running_loop().call_soon(ask)
+
+    chooser.on_change(wake)
     fleet.knows_open = lambda _: True
-
-
-def _ask(chooser: PlacedByFleet, line: FairQueue) -> None:
-    chooser.next(line, now_s=time.time())
 
 
 async def _timed(runtime: Runtime, seed: int) -> float:

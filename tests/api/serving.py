@@ -91,9 +91,10 @@ class Running:
     def _backends(self) -> list[FakeBackend]:
         """What makes up the pictures: here, or at the nodes of a router."""
         opens = self.app.state.opens
-        found = list(opens.backends.values()) if hasattr(opens, "backends") else [self.house.runtime._backend]
-        assert all(isinstance(backend, FakeBackend) for backend in found)
-        return found
+        found = opens.backends.values() if hasattr(opens, "backends") else (self.house.runtime._backend,)
+        fakes = [backend for backend in found if isinstance(backend, FakeBackend)]
+        assert fakes
+        return fakes
 
     @contextlib.contextmanager
     def flagging(self, *indexes: int) -> Iterator[None]:

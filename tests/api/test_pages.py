@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import re
@@ -13,13 +14,15 @@ import pytest
 
 from tests.api.serving import Running
 
+# A busy machine is slow now and then; that is no failure.
+ask = functools.partial(httpx2.request, timeout=60)
 WEB = Path(str(resources.files("sdfleet"))) / "web"
 AS_BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
 @pytest.mark.parametrize("path", ["/", "/studio", "/dashboard"])
 def test_a_browser_gets_a_page_that_runs_nothing_but_its_own_files(fake_server: Running, path: str) -> None:
-    answer = httpx2.get(fake_server.url + path, headers=AS_BROWSER)
+    answer = ask("GET", fake_server.url + path, headers=AS_BROWSER)
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -27,41 +30,43 @@ def test_a_browser_gets_a_page_that_runs_nothing_but_its_own_files(fake_server: 
     assert "{" not in answer.text
     for address in re.findall(r'(?:src|href)="([^"]*)"', answer.text):
         assert address.startswith("/static/")
-        assert httpx2.get(fake_server.url + address).status_code == 200, address
+        assert ask("GET", fake_server.url + address).status_code == 200, address
 
 
 def test_programs_that_look_whether_somebody_is_here_still_get_a_line(fake_server: Running) -> None:
-    assert "is running" in httpx2.get(fake_server.url).text
-    assert httpx2.get(fake_server.url, headers={"user-agent": "ollama/0.6"}).text == "Ollama is running"
+    assert "is running" in ask("GET", fake_server.url).text
+    assert ask("GET", fake_server.url, headers={"user-agent": "ollama/0.6"}).text == "Ollama is running"
 
 
 def test_a_file_is_kept_for_ever_under_its_version_and_asked_for_again_under_another(fake_server: Running) -> None:
-    page = httpx2.get(f"{fake_server.url}/studio").text
+    page = ask("GET", f"{fake_server.url}/studio").text
     found = re.search(r'src="(/static/[0-9a-f]{16})/app.js"', page)
     assert found is not None
-    answer = httpx2.get(f"{fake_server.url}{found[1]}/app.js")
+    answer = ask("GET", f"{fake_server.url}{found[1]}/app.js")
     assert answer.headers["cache-control"].endswith("immutable")
     assert answer.headers["content-type"].startswith("text/javascript")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.content == (WEB / "app.js").read_bytes()
-    old = httpx2.get(f"{fake_server.url}/static/0000000000000000/app.js")
+    old = ask("GET", f"{fake_server.url}/static/0000000000000000/app.js")
     assert (old.status_code, old.headers["cache-control"]) == (200, "no-cache")
     etag = {"if-none-match": old.headers["etag"]}
-    assert httpx2.get(f"{fake_server.url}/static/0000000000000000/app.js", headers=etag).status_code == 304
+    assert ask("GET", f"{fake_server.url}/static/0000000000000000/app.js", headers=etag).status_code == 304
 
 
 def test_a_file_travels_packed_where_the_browser_can_read_that(fake_server: Running) -> None:
     address = f"{fake_server.url}/static/x/style.css"
-    with httpx2.stream("GET", address, headers={"accept-encoding": "gzip"}) as answer:
+    with httpx2.stream("GET", address, timeout=60, headers={"accept-encoding": "gzip"}) as answer:
         raw = b"".join(answer.iter_raw())
         assert answer.headers["content-encoding"] == "gzip"
     assert gzip.decompress(raw) == (WEB / "style.css").read_bytes()
-    assert "content-encoding" not in httpx2.get(address, headers={"accept-encoding": "identity"}).headers
+    assert "content-encoding" not in ask("GET", address, headers={"accept-encoding": "identity"}).headers
 
 
-@pytest.mark.parametrize("name", ["../app.py", "..%2fapp.py", "vendor/README.md", "index.html", "", "vendor", "%00"])
+@pytest.mark.parametrize(
+    "name", ["..%2fapp.py", "vendor%2f..%2f..%2fapp.py", "vendor/README.md", "index.html", "", "vendor", "%00"]
+)
 def test_nothing_but_the_files_of_the_page_is_given_out(fake_server: Running, name: str) -> None:
-    answer = httpx2.get(f"{fake_server.url}/static/x/{name}")
+    answer = ask("GET", f"{fake_server.url}/static/x/{name}")
     assert answer.status_code == 404
     assert answer.json()["code"] == "not_found"
 

@@ -170,7 +170,8 @@ def test_a_taken_broker_port_is_told_with_what_to_do(tmp_path: Path) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.popen.wait(PATIENCE_S)
         assert process.end() == 1
-        assert f"is port {port} taken?" in process.said
+        assert f"{port} cannot be listened on" in process.said
+        assert "end the program that has the port" in process.said
 
 
 def test_without_a_router_the_fleets_commands_say_how_to_start_one(run: Run) -> None:

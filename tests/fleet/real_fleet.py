@@ -295,7 +295,7 @@ class Clients:
         while not self._stop.is_set():
             try:
                 answer = client.images.generate(
-                    prompt=one.prompt, size=one.size, extra_body={"seed": one.seed, "steps": one.steps},  # type: ignore[arg-type]
+                    prompt=one.prompt, size=one.size, extra_body={"seed": one.seed, "steps": one.steps},
                     extra_headers={"Idempotency-Key": one.key},
                 )  # fmt: skip
             except openai.APIStatusError as exc:

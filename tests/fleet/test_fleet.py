@@ -33,7 +33,7 @@ def play(story: Story, *, within_s: float = 3600.0) -> None:
 async def _empty(fleet: FleetInTest) -> None:
     """Return when the ledger and all spools are empty: nobody waits for anything."""
     async with asyncio.timeout(120):
-        while fleet.broker.written or any(list((node.home / "spool").iterdir()) for node in fleet.nodes.values()):
+        while fleet.broker.written or any(list((node.home / "spool").iterdir()) for node in fleet.nodes.values()):  # noqa: ASYNC110
             await asyncio.sleep(0.5)
 
 
@@ -348,7 +348,9 @@ def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path, seed: int) -> N
                 assert sum(drawn.values()) - len(accepted) <= n_killed * 1 + 3
                 await _empty(fleet)
                 job = done[0]
-                again = await router.submit(job.request.prompt, steps=job.request.steps or 1, seed=job.request.seed or 0)
+                again = await router.submit(
+                    job.request.prompt, steps=job.request.steps or 1, seed=job.request.seed or 0
+                )
                 redrawn = await router.desk.wait(again.id)
                 assert _same(await router.pixels(redrawn), await router.pixels(job))
 

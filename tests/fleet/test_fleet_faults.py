@@ -456,7 +456,8 @@ def test_nothing_is_kept_of_jobs_that_have_ended(tmp_path: Path) -> None:
 
 def test_a_job_that_another_process_ended_leaves_the_ledger_and_the_router_s_memory(tmp_path: Path) -> None:
     async def story() -> None:
-        async with fleet_of(tmp_path) as fleet, fleet.router() as router:
+        async with fleet_of(tmp_path, n1=10.0) as fleet, fleet.router() as router:
+            await begun(fleet, (await router.submit(steps=10)).id)
             job = await router.submit()
             await asyncio.sleep(1)
             await router.store.cancel(job.id, {"code": "job_cancelled", "message": "elsewhere", "hint": ""})

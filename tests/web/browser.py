@@ -25,7 +25,7 @@ def find_chromium() -> str | None:
 
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
-    """A browser. While it is open this thread runs an event loop of playwright's, so close it with its file of tests."""
+    """A browser. While it is open this thread runs an event loop of playwright's, so close it in time."""
     chromium = find_chromium()
     assert chromium is not None
     with sync_playwright() as play:

@@ -178,7 +178,7 @@ def test_a_waiting_request_is_cancelled_from_its_window(visit: Visit, server: St
     with here.holding() as gate:
         job = _ask(here)
         gate.wait_for_job()
-        page.get_by_role("button", name=f"What became of request {job}").click()
+        page.get_by_role("button", name=f"what became of request {job}").click()
         page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
         expect(_section(page, "Requests").get_by_role("row", name="Cancelled")).to_be_visible()
     page.get_by_role("button", name="Failed", exact=True).click()
@@ -225,7 +225,7 @@ def test_nobody_is_kept_out(visit: Visit, server: Start, viewport: dict[str, int
     assert serious(page) == []
     # Nothing pushes the page wider than the screen; tables scroll by themselves.
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    page.get_by_role("button", name=re.compile("What became of")).first.click()
+    page.get_by_role("button", name=re.compile("what became of")).first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
     assert serious(page) == []
     page.keyboard.press("Escape")
@@ -245,7 +245,7 @@ def test_nodes_of_a_fleet_are_drained_and_revoked_and_choices_are_explained(visi
         assert httpx2.post(f"{fleet.url}/api/generate-image", json=body, timeout=120).status_code == 200
         page = visit(f"{fleet.url}/dashboard")
         expect(_section(page, "Nodes").get_by_role("article")).to_have_count(2)
-        page.get_by_role("button", name=re.compile("What became of")).first.click()
+        page.get_by_role("button", name=re.compile("what became of")).first.click()
         window = page.get_by_role("dialog")
         expect(window.get_by_role("row", name=re.compile("Chosen"))).to_have_count(1)
         expect(window.get_by_role("row", name=re.compile("mini|tower"))).to_have_count(2)

@@ -76,7 +76,7 @@ router = APIRouter(tags=["ollama"], responses=FAULTS)
 async def root(request: Request) -> Response:
     """The page for a browser; for others that somebody is here. Ollama's own program wants to read its own name."""
     if pages.wants_page(request):
-        return await pages.page(request, "studio")
+        return await pages.page("studio")
     is_ollama = request.headers.get("user-agent", "").lower().startswith("ollama")
     return PlainTextResponse(
         "Ollama is running" if is_ollama else f"sdfleet {__version__} is running; see /openapi.json"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdfleet.fleet.identity import Identity
+    from sdfleet.fleet.keys import NKey
     from sdfleet.settings import Settings
 
 _COUNT_WITHIN_S = 20.0
@@ -120,7 +121,7 @@ def _kept(made: tuple[Identity, ...], files: list[Path]) -> list[Identity]:
     return list(made)
 
 
-async def _asked(settings: Settings, keys: list[object], *, wish: str, place: str | None) -> tuple[Identity, ...]:
+async def _asked(settings: Settings, keys: list[NKey], *, wish: str, place: str | None) -> tuple[Identity, ...]:
     """Ask a router to be let in. Raises JoinRefused, NotReady, StoreUnavailable."""
     from sdfleet.fleet.asking import ask
 
@@ -138,7 +139,7 @@ async def _asked(settings: Settings, keys: list[object], *, wish: str, place: st
             return place is not None
         return await asyncio.to_thread(typer.confirm, f"Did the router show {code}?", err=True)
 
-    return await ask(found, keys=keys, wish=wish, show=show, confirm=confirm)  # type: ignore[arg-type]
+    return await ask(found, keys=keys, wish=wish, show=show, confirm=confirm)
 
 
 async def _seen(settings: Settings) -> str:

@@ -180,7 +180,7 @@ class _Life:
     async def live(self) -> None:
         """Return when the desk is closed; raise what one of the parts died of."""
         async with asyncio.TaskGroup() as tasks:
-            chores = [tasks.create_task(self._joining.run(), name="joining")]
+            chores: list[asyncio.Task[None]] = [tasks.create_task(self._joining.run(), name="joining")]
             try:
                 await self._reign(tasks, chores)
             finally:

@@ -149,6 +149,8 @@ class Listening:
                 errand.lose("its process was started again")
             return
         errand.boot = beat.boot
+        if not errand.is_computed and any(each.job == errand.job for each in beat.spool):
+            self._computed(errand)  # the news of it was lost
         errand.n_missing = 0 if member.has(errand.job) else errand.n_missing + 1
         if errand.n_missing >= MISSING_BEATS and not errand.expected.arrived.done():
             errand.ask_again()
@@ -178,14 +180,17 @@ class Listening:
             case "step":
                 errand.take(news)
             case "computed":
-                # The device has room again, whenever the pictures have been sent.
-                errand.is_computed = True
-                self._free(node, news.job)
+                self._computed(errand)
             case "dropped":
                 arrived = errand.expected.arrived
                 if errand.is_cancelled and not arrived.done():
                     error = JobCancelled(f"job {news.job} was cancelled")
                     arrived.set_result((node, Failure(job_id=news.job, error=error)))
+
+    def _computed(self, errand: Errand) -> None:
+        """The device has room again, whenever the pictures have been sent."""
+        errand.is_computed = True
+        self._free(errand.node, errand.job)
 
     async def _on_answer(self, node: str, message: Incoming) -> None:
         answer = unpack(RunAnswer, message.data)

@@ -21,7 +21,7 @@ import psutil
 
 from sdfleet import __version__
 from sdfleet.domain import ImageRequest, ImageResult, JobId, Picture, Progress
-from sdfleet.errors import DeadlineExceeded, JobCancelled, NotReady, SdfleetError, StoreUnavailable
+from sdfleet.errors import DeadlineExceeded, NotReady, SdfleetError, StoreUnavailable
 from sdfleet.fleet.messages import (
     CHUNK_BYTES,
     HEARTBEAT_S,
@@ -50,13 +50,13 @@ from sdfleet.fleet.messages import (
     down,
     is_signed,
     pack,
-    pack_outcome,
     unpack,
     up,
 )
 from sdfleet.fleet.shipping import Shipping, sha256_of
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock, slots_of
+from sdfleet.fleet.task import Task, pack_or_fail
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
 from sdfleet.runtime import Runtime
 
@@ -94,33 +94,6 @@ class NodeOptions:
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(slots=True, eq=False)
-class _Task:
-    """A job being drawn here. parts: progress of each picture, 0 to 1."""
-
-    run: Run
-    task: asyncio.Task[None] | None = None
-    seq: int = 0
-    parts: dict[int, float] = field(default_factory=dict)
-    eta_s: float | None = None
-    news: dict[int, JobNews] = field(default_factory=dict)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    is_drawing: bool = False
-
-    @property
-    def n_pictures(self) -> int:
-        return self.run.request.n_images
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self.stop.is_set()
-
-    def check(self) -> None:
-        """Raise JobCancelled if nobody wants it any more."""
-        if self.is_cancelled:
-            raise JobCancelled(f"job {self.run.job} was cancelled")
-
-
 class Node:
     """See the file's first lines. `run` until it is cancelled; `close` beforehand lets running jobs end.
 
@@ -145,7 +118,7 @@ class Node:
         self._spool = spool
         self._stock = stock
         self._shipping = Shipping(options.node, bus=bulk, spool=spool, on_change=self._changed)
-        self._jobs: dict[JobId, _Task] = {}
+        self._jobs: dict[JobId, Task] = {}
         self._epoch = 0
         self._seq = 0
         self._hello = 1
@@ -308,12 +281,12 @@ class Node:
     # ---------------------------------------------------------------------------------------------- a job, here, whole
 
     def _begin(self, run: Run) -> None:
-        job = _Task(run)
+        job = Task(run)
         self._jobs[run.job] = job
         job.task = self._spawn(self._work(job), name=f"job {run.job}")
         self._changed()
 
-    async def _work(self, job: _Task) -> None:
+    async def _work(self, job: Task) -> None:
         """A job from its acceptance to its place in the spool; whatever happens, it has an outcome."""
         outcome: Outcome
         try:
@@ -328,7 +301,7 @@ class Node:
             fault = SdfleetError(f"{type(exc).__name__} in sdfleet itself, on {self.options.name}", hint="see its log")
             outcome = Failure(job_id=job.run.job, error=fault)
         try:
-            packed = await asyncio.to_thread(_packed, outcome)
+            packed = await asyncio.to_thread(pack_or_fail, outcome)
             await self._insist(lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed))
         finally:
             # The slot is free when the computing has ended, whenever the last byte has left the house.
@@ -337,7 +310,7 @@ class Node:
         await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
         self._changed()
 
-    async def _drawn(self, job: _Task) -> ImageResult:
+    async def _drawn(self, job: Task) -> ImageResult:
         run = job.run
         try:
             async with asyncio.timeout(run.budget_s):
@@ -354,7 +327,7 @@ class Node:
         except TimeoutError as exc:
             raise DeadlineExceeded(f"job {run.job} was not done in the {run.budget_s:.0f} s it had") from exc
 
-    async def _fetched(self, job: _Task, blob: PictureBlob) -> Picture:
+    async def _fetched(self, job: Task, blob: PictureBlob) -> Picture:
         """An input picture, from the router, in chunks; it may be away for a while."""
         run, data = job.run, bytearray()
         end_s = asyncio.get_running_loop().time() + FETCH_PATIENCE_S
@@ -391,7 +364,7 @@ class Node:
 
     # -------------------------------------------------------------------------------------------------- what it tells
 
-    def _note(self, job: _Task, progress: Progress) -> None:
+    def _note(self, job: Task, progress: Progress) -> None:
         """A step was made. Called between two steps: only notes it."""
         job.parts[progress.image_index] = progress.step / max(1, progress.n_steps)
         job.eta_s = progress.eta_s
@@ -413,7 +386,7 @@ class Node:
                     await self._say(job, one)
             await asyncio.sleep(NEWS_EVERY_S)
 
-    async def _say(self, job: _Task, news: JobNews) -> None:
+    async def _say(self, job: Task, news: JobNews) -> None:
         subject = up(self.options.node, f"ev.{job.run.job}")
         if news.preview is not None and len(news.preview.data) > CHUNK_BYTES:
             news = replace(news, preview=None)
@@ -426,7 +399,7 @@ class Node:
         except (StoreUnavailable, BrokenMessage) as exc:
             log.warning("the router could not be told", extra={"subject": subject, "why": str(exc)[:200]})
 
-    def _next(self, job: _Task) -> int:
+    def _next(self, job: Task) -> int:
         job.seq += 1
         return job.seq
 
@@ -520,11 +493,3 @@ class Node:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("a task of the node met a fault of ours", exc_info=fault)
-
-
-def _packed(outcome: Outcome) -> bytes:
-    """The outcome as bytes; one that is too large to send is a failure."""
-    try:
-        return pack_outcome(outcome)
-    except BrokenMessage as exc:
-        return pack_outcome(Failure(job_id=outcome.job_id, error=SdfleetError(f"its pictures cannot be sent: {exc}")))

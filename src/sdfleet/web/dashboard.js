@@ -203,6 +203,6 @@ function Failures({ series, show, traces }) {
       <th scope="col">${words.reason}</th><th scope="col" class="minor">${words.model}</th><th scope="col">${words.last}</th></tr></thead>
       <tbody>${series.failures.map((one) => html`<tr key=${one.code}><td class="num">${one.count}</td>
         <td><code>${one.code}</code><p>${one.message}</p>${one.hint && html`<p class="hint">${one.hint}</p>`}</td><td class="minor">${one.model}</td>
-        <td class="nowrap">${known.has(one.job_id) ? html`<button type="button" class="link" aria-label=${words.open(one.job_id)} onClick=${() => show(one.job_id)}>${time(one.last)}</button>` : time(one.last)}</td></tr>`)}</tbody></table>`}
+        <td class="nowrap">${known.has(one.job_id) ? html`<button type="button" class="link" aria-label=${words.open(time(one.last), one.job_id)} onClick=${() => show(one.job_id)}>${time(one.last)}</button>` : time(one.last)}</td></tr>`)}</tbody></table>`}
     </div></section>`;
 }

@@ -28,7 +28,7 @@ export function Requests({ traces, rights, shown, show, onChange }) {
         <thead><tr><th scope="col">${words.when}</th><th scope="col">${words.state}</th><th scope="col">${words.model}</th><th scope="col" class="minor">${words.picture}</th>
           <th scope="col" class="minor">${words.node}</th><th scope="col" class="num minor">${words.wait}</th><th scope="col" class="num minor">${words.drew}</th><th scope="col" class="num">${words.total}</th></tr></thead>
         <tbody>${list.map((one) => html`<tr key=${one.request_id}>
-          <td><button type="button" class="link num" aria-label=${words.open(one.request_id)} onClick=${() => show(one.request_id)}>${time(one.timestamp)}</button></td>
+          <td><button type="button" class="link num" aria-label=${words.open(time(one.timestamp), one.request_id)} onClick=${() => show(one.request_id)}>${time(one.timestamp)}</button></td>
           <td><${Badge} kind=${KINDS[one.status]}>${words.states[one.status]}<//>${one.retry_count > 0 && html` <span class="small quiet-text">×${one.retry_count + 1}</span>`}</td>
           <td>${one.model}</td><td class="nowrap minor">${one.width}×${one.height}${one.n > 1 ? ` × ${one.n}` : ""}, ${words.stepsOf(one.steps)}</td><td class="minor">${one.node_id}</td>
           <td class="num minor">${span(one.wait_ms)}</td><td class="num minor">${span(one.generation_ms)}</td><td class="num">${span(one.latency_ms)}</td></tr>`)}</tbody></table>`}

@@ -352,7 +352,7 @@ export const text = {
     total: "Total",
     states: { queued: "Waiting", running: "Drawing", completed: "Done", failed: "Failed", cancelled: "Cancelled" },
     request: (id) => `Request ${id}`,
-    open: (id) => `What became of request ${id}`,
+    open: (when, id) => `${when}: what became of request ${id}`,
     tries: "Tries",
     dialect: "Came in as",
     client: "From",

@@ -1,4 +1,4 @@
-"""What a gallery asks of finished pictures by itself: which are favourites, what model drew them, and from what prompt."""
+"""What a gallery asks of finished pictures: which are favourites, what model drew them, and from what prompt."""
 
 from __future__ import annotations
 
