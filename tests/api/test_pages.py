@@ -73,7 +73,8 @@ def test_nothing_but_the_files_of_the_page_is_given_out(fake_server: Running, na
 
 def test_foreign_files_are_those_that_were_taken_in() -> None:
     for folder in (WEB / "vendor", Path(__file__).parents[1] / "web" / "vendor"):
-        listed = dict(reversed(line.split(maxsplit=1)) for line in (folder / "SHA256SUMS").read_text().splitlines())
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        listed = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
         there = {path.name for path in folder.iterdir()} - {"README.md", "SHA256SUMS"}
         assert listed.keys() == there
         for name, digest in listed.items():

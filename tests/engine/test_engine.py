@@ -280,9 +280,8 @@ def test_the_least_recently_used_checkpoint_leaves_when_another_needs_room(check
     measuring.submit(drawing("sd15", small))
     run(measuring)
     family = measuring._residency.get(str(small)).family  # the size of the toy, to leave room for one
-    size = {"width_px": 64, "height_px": 64}
     most_bytes = family.components.weights().total + max(
-        family.peak_bytes(**size, n_rows=2), family.decode_bytes(**size)
+        family.peak_bytes(width_px=64, height_px=64, n_rows=2), family.decode_bytes(width_px=64, height_px=64)
     )
     tight = Engine(
         EngineOptions(device="cpu", dtype="float32", n_threads=1, memory_limit_bytes=int(most_bytes / 0.9 * 1.05))

@@ -217,7 +217,7 @@ def _open(url: str | None, home: Path) -> Database:
 
 
 def parse_url(url: str | None, home: Path) -> URL:
-    """Where the database is; a file by its whole path. Raises InvalidValue, without the text, which may hold a password."""
+    """The database; a file by its whole path. Raises InvalidValue, never with the text: it may hold a password."""
     if url is None:
         return URL.create("sqlite", database=str(home / "sdfleet.db"))
     hint = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"

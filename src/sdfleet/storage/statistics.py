@@ -66,7 +66,8 @@ def stats_of(groups: Sequence[Row[Any]], recent: Sequence[RecentImage]) -> Image
     """The statistics in groups of (state, model, node, how many, seconds of drawing, how many of them were timed)."""
     by_state, by_model, by_node = Counter[str](), Counter[str](), Counter[str]()
     total_s, n_timed = 0.0, 0
-    for state, model, node, n, drawn_s, n_drawn in groups:
+    for group in groups:
+        state, model, node, n, drawn_s, n_drawn = tuple(group)
         by_state[state] += n
         by_model[model] += n
         by_node[node] += n
