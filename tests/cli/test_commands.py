@@ -110,16 +110,16 @@ def test_drawing_never_loads_torch_in_this_process() -> None:
 @pytest.mark.usefixtures("home")
 def test_ctrl_c_cancels_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, signal, asyncio, sdfleet.compose as compose\n"
+        "import os, signal, asyncio, sdfleet.compose.machine as machine\n"
         "from sdfleet.backends.fake import FakeBackend\n"
         "class Held(FakeBackend):\n"
-        "    def __init__(self): super().__init__(before_step=self.hold)\n"
+        "    def __init__(self, **_): super().__init__(before_step=self.hold)\n"
         "    async def hold(self, drawing, step):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        await asyncio.Event().wait()\n"
         "    async def close(self):\n"
         "        print('closed'); await super().close()\n"
-        "compose.FakeBackend = Held\n"
+        "machine.FakeBackend = Held\n"
         "from sdfleet.cli.main import main\n"
         "import sys; sys.argv = ['sdfleet', 'generate', 'fox', '-o', 'x.png']; main()"
     )

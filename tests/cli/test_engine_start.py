@@ -5,10 +5,10 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from sdfleet import compose
 from sdfleet.backends.base import OnProgress
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.backends.local import LocalBackend
+from sdfleet.compose import machine
 from sdfleet.domain import Drawing, ImageRequest, ImageResult, JobId
 from sdfleet.engine.events import EngineOptions
 from sdfleet.errors import EngineDied
@@ -39,7 +39,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         told.append("request looked at")
         return prepared
 
-    monkeypatch.setattr(compose, "_backend", lambda _settings: Noting())
+    monkeypatch.setattr(machine, "_backend", lambda _settings: Noting())
     monkeypatch.setattr(Runtime, "prepare", noting)
     return told
 
@@ -56,7 +56,7 @@ def test_a_refused_request_is_told_as_ever_and_leaves_no_process(run: Run, monke
         begun.append(LocalBackend(EngineOptions()))
         return begun[0]
 
-    monkeypatch.setattr(compose, "_backend", backend)
+    monkeypatch.setattr(machine, "_backend", backend)
     before = psutil.Process().children()
     answer = run("generate", "a fox", "--model", "nope")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import platform
 import shutil
@@ -16,6 +15,7 @@ import typer
 from sdfleet.cli import console
 
 if TYPE_CHECKING:
+    import asyncio
     from pathlib import Path
 
     from sdfleet.fleet.identity import Identity
@@ -123,6 +123,8 @@ def _kept(made: tuple[Identity, ...], files: list[Path]) -> list[Identity]:
 
 async def _asked(settings: Settings, keys: list[NKey], *, wish: str, place: str | None) -> tuple[Identity, ...]:
     """Ask a router to be let in. Raises JoinRefused, NotReady, StoreUnavailable."""
+    import asyncio
+
     from sdfleet.fleet.asking import ask
 
     found = place or await _seen(settings)
@@ -163,6 +165,8 @@ async def _seen(settings: Settings) -> str:
 
 async def _serve(settings: Settings, identity: Identity, *, device: str) -> None:
     """One device, until a signal comes."""
+    import asyncio
+
     from sdfleet import compose
     from sdfleet.compose.noding import Device
 
@@ -209,6 +213,8 @@ async def _all(settings: Settings, gpus: list[str]) -> None:
 
 def _ending() -> asyncio.Event:
     """Set by SIGTERM and Ctrl-C."""
+    import asyncio
+
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
