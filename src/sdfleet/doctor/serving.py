@@ -267,7 +267,7 @@ ENTRIES = (
             r"database is locked", r"unable to open database", r"file is not a database", r"disk image is malformed",
             r"another program holds its lock", r"written by a newer sdfleet", r"the database .* cannot be used",
         ),
-        codes=("storage_error", "store_unavailable"),
+        codes=("storage_error", "store_unavailable", "ledger_full", "not_let_in"),
     ),
     Entry(
         id="failing-jobs",

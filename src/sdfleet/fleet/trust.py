@@ -211,7 +211,7 @@ class Roster:
 
     def next_change_s(self) -> float | None:
         """Seconds until a code or a machine that asks runs out; None where there is none."""
-        ends = [_end_of(code) for code in self._kept.codes] + [each.expires_s for each in self._pending.values()]
+        ends = [code.expires_s for code in self._kept.codes] + [each.expires_s for each in self._pending.values()]
         return max(0.0, min(ends) - self._clock()) if ends else None
 
     def tidy(self) -> None:
@@ -393,7 +393,7 @@ class Roster:
 
     def _codes(self) -> tuple[OpenCode, ...]:
         now_s = self._clock()
-        return tuple(code for code in self._kept.codes if _end_of(code) > now_s)
+        return tuple(code for code in self._kept.codes if code.expires_s > now_s)
 
     def _set(self, changed: Enrolled) -> None:
         nodes = tuple(changed if each.node == changed.node else each for each in self._kept.nodes)
@@ -469,10 +469,6 @@ def _free_name(wished: str, taken: set[str]) -> str:
     if wished not in taken:
         return wished
     return next(name for n in range(2, 10_000) if (name := f"{wished[:26]}-{n}") not in taken)
-
-
-def _end_of(code: OpenCode) -> float:
-    return code.expires_s
 
 
 def _new() -> _Kept:
