@@ -104,7 +104,7 @@ def short_code(*, fingerprint: bytes, keys: tuple[str, ...], asker_nonce: str, r
     """What both sides show: 40 bits of everything that was said, and of the certificate that the asker has seen.
 
     >>> short_code(fingerprint=bytes(16), keys=("U",), asker_nonce="1", router_nonce="2")
-    'UFEZ-L6K5'
+    '2MP2-M6US'
     """
     said = "\0".join(("sdfleet code", fingerprint.hex(), *keys, asker_nonce, router_nonce))
     text = base64.b32encode(hashlib.sha256(said.encode()).digest()[:5]).decode()
