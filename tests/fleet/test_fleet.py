@@ -60,6 +60,21 @@ def test_a_job_goes_to_a_node_and_its_picture_comes_back(tmp_path: Path) -> None
     play(story)
 
 
+def test_a_place_is_free_again_when_a_job_ends_between_two_heartbeats(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with fleet_of(tmp_path) as fleet:
+            await fleet.node("n1", step_s=0.0, slots=2)
+            async with fleet.router() as router:
+                await router.desk.wait((await router.submit(steps=1)).id, deadline_s=60)
+                loop = asyncio.get_running_loop()
+                begun_s = loop.time()
+                for seed in range(6):
+                    await router.desk.wait((await router.submit(steps=1, seed=seed)).id, deadline_s=60)
+                assert loop.time() - begun_s < 1.0
+
+    play(story)
+
+
 def test_progress_and_previews_come_from_the_node(tmp_path: Path) -> None:
     async def story() -> None:
         async with fleet_of(tmp_path, n1=1.0) as fleet, fleet.router() as router:

@@ -154,6 +154,13 @@ def test_a_short_job_joins_a_long_one_instead_of_waiting_for_its_end() -> None:
     assert pairs(fleet.add(job("short", work_s=5.0))) == [("short", "d")]
 
 
+def test_a_job_joins_one_that_is_late_instead_of_waiting_for_an_end_nobody_knows() -> None:
+    fleet = Fleet(device("d", capacity=4, loaded=("a",)))
+    fleet.add(job("late", work_s=1.0))
+    fleet.now_s = 60.0
+    assert pairs(fleet.add(job("second"))) == [("second", "d")]
+
+
 def test_a_large_job_is_not_kept_out_for_ever_by_small_ones() -> None:
     fleet = Fleet(device("d", capacity=4, loaded=("a",)))
     fleet.predictor.note_curve(DeviceId("d"), "a", {1: 1.0, 4: 1.1})

@@ -47,7 +47,8 @@ def offer_of(seat: Seat, job: WaitingJob, *, now_s: float, waiting_share: float)
         return best
     if seat.has_room(view, job.n_pictures):
         joined = _joined(seat, view, job, now_s=now_s, load_s=load_s, price_s=price_s)
-        return best if joined is None or joined.cost_s >= best.cost_s else joined
+        # Where both cost the same it begins: a neighbour that should have ended and has not may take long yet.
+        return best if joined is None or joined.cost_s > best.cost_s else joined
     # The next place that is free, among as many neighbours as there may be.
     open_s = max(view.open_s - now_s, 0.0)
     full_s = alone_s * seat.curve(job.model).stretch(max(capacity, job.n_pictures))

@@ -336,6 +336,8 @@ class FleetBackend:
         member = self.members.get(node)
         if member is not None:
             member.give(dispatch.running, now_s=self.now_s())
+            # The board has the job already; what it was last shown has not, so the node is shown anew at its next change.
+            self._devices.pop(node, None)
         homeless = self._under_way.homeless.get(dispatch.job_id)
         if homeless is None:
             self._assigned(dispatch.job_id, node, left_s)
@@ -408,10 +410,10 @@ class FleetBackend:
         """Let placement see a node as it is now, if that is not how it saw it before."""
         member = self.members.get(node)
         device = None if member is None else member.device(self.now_s())
-        if device == self._devices.get(node):
+        if device is not None and device == self._devices.get(node):
             return
         if device is None:
-            del self._devices[node]
+            self._devices.pop(node, None)
             self.placement.remove(DeviceId(node))
         else:
             self._devices[node] = device

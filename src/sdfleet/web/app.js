@@ -63,7 +63,7 @@ function App() {
   return html`
     <a class="skip" href="#main">${text.skip}</a>
     <header class="top">
-      <a class="brand" href="/studio" onClick=${(event) => go(event, "/studio")}><${Logo} /><span>sdfleet</span></a>
+      <a class="brand" aria-label="sdfleet" href="/studio" onClick=${(event) => go(event, "/studio")}><${Logo} /><span>sdfleet</span></a>
       <nav aria-label=${text.pages}>
         ${["studio", "dashboard"].map((name) => html`<a key=${name} href=${`/${name}`} aria-current=${page === name ? "page" : null}
           onClick=${(event) => go(event, `/${name}`)}>${text.pageNames[name]}</a>`)}

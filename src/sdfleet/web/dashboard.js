@@ -181,16 +181,31 @@ function Finding({ one }) {
     <p>${one.description}</p>${one.fix && html`<p class="small quiet-text">${words.mends}</p><${Command} command=${one.fix} />`}</article>`;
 }
 
+/** One line for each model: what waits in a fleet waits at the router, and is nobody's yet. */
+function byModel(queues) {
+  const lines = new Map();
+  for (const queue of queues) {
+    const key = `${queue.request_type}:${queue.model}`;
+    const line = lines.get(key) ?? { ...queue, key, nodes: [], pending: 0, in_flight: 0, completed: 0, failed: 0 };
+    for (const count of ["pending", "in_flight", "completed", "failed"]) line[count] += queue[count];
+    if (queue.completed) line.nodes.push(`${queue.node_id} ${queue.completed}`);
+    lines.set(key, line);
+  }
+  return [...lines.values()];
+}
+
 function Queues({ queues }) {
+  const lines = byModel(queues);
   return html`<section aria-labelledby="queues-title"><div class="section-head"><h2 id="queues-title">${words.queues}</h2><span class="small quiet-text">${words.queuesHint}</span></div>
     <div class="card table-wrap" tabindex="0" role="group" aria-labelledby="queues-title">
-    ${queues.length === 0 ? html`<p class="empty">${words.noQueues}</p>` : html`<table class="table"><thead><tr><th scope="col">${words.model}</th><th scope="col" class="minor">${words.node}</th>
+    ${lines.length === 0 ? html`<p class="empty">${words.noQueues}</p>` : html`<table class="table"><thead><tr><th scope="col">${words.model}</th>
       <th scope="col" class="num">${words.waiting}</th><th scope="col" class="num">${words.states.running}</th><th scope="col" class="num">${words.done}</th>
-      <th scope="col" class="num">${words.failed}</th><th scope="col" class="num minor">${words.average}</th></tr></thead>
-      <tbody>${queues.map((queue) => html`<tr key=${`${queue.node_id}:${queue.model}`}>
-        <th scope="row"><span class="queue-name"><${Badge} kind="accent">${words.kinds[queue.request_type] ?? `[${queue.request_type.toUpperCase()}]`}<//>${queue.model.replace(/:latest$/, "")}</span></th>
-        <td class="minor">${queue.node_id}</td><td class="num">${queue.pending}</td><td class="num">${queue.in_flight}</td><td class="num">${queue.completed}</td>
-        <td class=${`num ${queue.failed ? "is-bad" : ""}`}>${queue.failed}</td><td class="num minor">${queue.completed ? span(queue.avg_latency_ms) : "–"}</td></tr>`)}</tbody></table>`}
+      <th scope="col" class="num">${words.failed}</th><th scope="col" class="minor">${words.drawnBy}</th><th scope="col" class="num minor">${words.average}</th></tr></thead>
+      <tbody>${lines.map((line) => html`<tr key=${line.key}>
+        <th scope="row"><span class="queue-name"><${Badge} kind="accent">${words.kinds[line.request_type] ?? `[${line.request_type.toUpperCase()}]`}<//>${line.model.replace(/:latest$/, "")}</span></th>
+        <td class="num">${line.pending}</td><td class="num">${line.in_flight}</td><td class="num">${line.completed}</td>
+        <td class=${`num ${line.failed ? "is-bad" : ""}`}>${line.failed}</td><td class="minor">${line.nodes.join(", ")}</td>
+        <td class="num minor">${line.completed ? span(line.avg_latency_ms) : "–"}</td></tr>`)}</tbody></table>`}
     </div></section>`;
 }
 

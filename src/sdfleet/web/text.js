@@ -312,6 +312,7 @@ export const text = {
     node: "Node",
     done: "Done",
     average: "Average",
+    drawnBy: "Drawn by",
 
     overTime: "Over time",
     window: "How far back",
