@@ -116,7 +116,7 @@ def test_a_finding_of_the_doctor_comes_with_the_command_that_mends_it(
     here.house.catalog.add(weights, name="toy")
     (weights / "tokenizer/vocab.json").unlink()
     page = visit(f"{here.url}/dashboard", permissions=["clipboard-read", "clipboard-write"])
-    finding = _section(page, "Health").get_by_role("article").first
+    finding = _section(page, "Health").get_by_role("article").filter(has_text="vocab.json").first
     expect(finding).to_contain_text("Fault")
     expect(finding).to_contain_text("tokenizer/vocab.json is missing")
     finding.get_by_role("button", name=re.compile("Copy")).click()

@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { may } from "./app.js";
 import { text } from "./text.js";
-import { Badge, Button, Fault, Field, Icon, html, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
+import { Badge, Button, Fault, Field, Icon, NumberInput, html, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
 import { bodyOf, cardOf, FORM, fill, generate, likeThis, sizeOf, studio, usePicture } from "./studio_state.js";
 
 const t = text.studio;
@@ -133,7 +133,7 @@ function Model({ state, card }) {
 function Size({ form, card, error }) {
   const [width, height] = form.ratio === "own" ? [form.width, form.height]
     : form.ratio === "image" && form.image ? [form.image.width, form.image.height] : sizeOf(card, form.ratio === "image" ? "1:1" : form.ratio);
-  const side = (name, value) => fill({ ratio: "own", width, height, [name]: Number(value) || null });
+  const side = (name) => (px) => fill({ ratio: "own", width, height, [name]: px });
   const ratios = form.image ? ["image", ...RATIOS] : RATIOS;
   const isOdd = [width, height].some((px) => px && px % card.multiple);
   const isResized = card.resizes && [width, height].some((px) => px < card.min_side || px > card.max_side);
@@ -144,9 +144,9 @@ function Size({ form, card, error }) {
         onClick=${() => fill({ ratio, width: null, height: null })}>
         ${ratio === "image" ? html`<${Icon} name="image" />` : html`<${Shape} ratio=${ratio} />`}<span>${ratio === "image" ? t.asImage : ratio}</span></button>`)}</div>
     <div class="row sides">
-      <input class="input num" type="number" inputmode="numeric" aria-label=${t.width} min="16" max="4096" step=${card.multiple} value=${width} onChange=${(event) => side("width", event.target.value)} />
+      <${NumberInput} inputmode="numeric" aria-label=${t.width} min="16" max="4096" step=${card.multiple} value=${width} onNumber=${side("width")} />
       <${Button} kind="quiet" icon="swap" label=${t.swap} onClick=${() => fill({ ratio: "own", width: height, height: width })} />
-      <input class="input num" type="number" inputmode="numeric" aria-label=${t.height} min="16" max="4096" step=${card.multiple} value=${height} onChange=${(event) => side("height", event.target.value)} />
+      <${NumberInput} inputmode="numeric" aria-label=${t.height} min="16" max="4096" step=${card.multiple} value=${height} onNumber=${side("height")} />
     </div>
     <p class=${error ? "told error" : "told"} id="size-told">${told}</p>
   </fieldset>`;
@@ -163,13 +163,10 @@ function Shape({ ratio }) {
 /** A number by slider or by typing; empty means the model's own. */
 function Slider({ label, name, min, max, step, value, fallback, why, error }) {
   const shown = value ?? fallback;
-  const set = (event) => {
-    const number = event.target.value === "" ? null : Number(event.target.value);
-    fill({ [name]: number === null && name === "n" ? 1 : number });
-  };
+  const set = (number) => fill({ [name]: number === null && name === "n" ? 1 : number });
   return html`<${Field} label=${label} why=${why} error=${error}>${(ids) => html`<div class="slider">
-    <input type="range" min=${min} max=${max} step=${step} value=${shown} disabled=${ids.disabled} aria-label=${t.slider(label)} onInput=${set} />
-    <input ...${ids} class="input num" type="number" inputmode="decimal" min=${min} step=${step === 1 ? 1 : "any"} value=${shown} onChange=${set} /></div>`}<//>`;
+    <input type="range" min=${min} max=${max} step=${step} value=${shown} disabled=${ids.disabled} aria-label=${t.slider(label)} onInput=${(event) => set(Number(event.target.value))} />
+    <${NumberInput} ...${ids} inputmode="decimal" min=${min} step=${step === 1 ? 1 : "any"} value=${shown} onNumber=${set} /></div>`}<//>`;
 }
 
 function Seed({ form, error }) {

@@ -84,12 +84,12 @@ export function bodyOf(state) {
     const [width, height] = sizeOf(card, form.ratio);
     Object.assign(body, { width, height });
   }
-  if (form.steps) body.steps = form.steps;
+  if (form.steps !== null) body.steps = form.steps;
   if (form.guidance !== null && !ignored.has("guidance")) body.guidance = form.guidance;
   if (form.sampler) body.sampler = form.sampler;
   // As text: a seed may be longer than a number here is exact.
   if (form.seed !== "") body.seed = form.seed;
-  if (form.n > 1) body.n = form.n;
+  if (form.n !== 1) body.n = form.n;
   if (form.loras.length) body.loras = form.loras;
   if (form.image && !ignored.has("image")) {
     body.image = form.image.url;

@@ -313,6 +313,7 @@ export const text = {
     done: "Done",
     average: "Average",
     drawnBy: "Drawn by",
+    drewSoMany: (node, n) => `${node} (${number.format(n)})`,
 
     overTime: "Over time",
     window: "How far back",
