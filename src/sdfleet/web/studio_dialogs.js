@@ -101,10 +101,10 @@ function Compare({ pair: [left, right] }) {
       <div class="compare-line" style=${{ left: `${share}%` }}></div>
       <input type="range" min="0" max="100" step="0.5" value=${share} aria-label=${t.compareSlider} onInput=${(event) => setShare(Number(event.target.value))} />
     </div>
-    <div class="compare-facts">${made.map((one, i) => html`<dl key=${i} class="facts-list num">${one && t.facts(one, [left, right][i]).map(([name, value], at) => {
+    <div class="compare-facts">${made.map((one, i) => html`<div key=${i}><p class="clamp"><b>${t.compareSides[i]}</b> ${one?.prompt ?? ""}</p><dl class="facts-list num">${one && t.facts(one, [left, right][i]).map(([name, value], at) => {
       const other = made[1 - i] ? t.facts(made[1 - i], [left, right][1 - i])[at]?.[1] : value;
       return html`<div key=${name} class=${other === value ? "" : "differs"}><dt>${name}</dt><dd>${value}</dd></div>`;
-    })}</dl>`)}</div><//>`;
+    })}</dl></div>`)}</div><//>`;
 }
 
 function useMade(output) {

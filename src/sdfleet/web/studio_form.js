@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { may } from "./app.js";
 import { text } from "./text.js";
-import { Badge, Button, Fault, Field, Icon, NumberInput, html, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
+import { Badge, Button, Fault, Field, Icon, NumberInput, html, toast, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
 import { bodyOf, cardOf, FORM, fill, generate, likeThis, sizeOf, studio, usePicture } from "./studio_state.js";
 
 const t = text.studio;
@@ -18,7 +18,7 @@ export function Form() {
   const why = (name) => (ignored.has(name) ? t.ignored[name](card.title) : "");
   const guidance = form.guidance ?? card?.guidance ?? 0;
   const [tokens, tokenFault] = useTokens(form, card);
-  usePasted();
+  usePictures();
 
   const submit = (event) => {
     event.preventDefault();
@@ -32,7 +32,7 @@ export function Form() {
     <div class="form-scroll">
       ${fault && html`<${Fault} error=${fault} />`}
       <${Field} id="prompt" label=${t.prompt} error=${errors.prompt ?? tokenFault.prompt} aside=${html`<${Tokens} counts=${tokens.prompt} />`}>
-        ${(ids) => html`<textarea ...${ids} class="textarea prompt" rows="4" placeholder=${t.promptPlaceholder}
+        ${(ids) => html`<textarea ...${ids} class="textarea prompt" rows="3" placeholder=${t.promptPlaceholder}
           value=${form.prompt} onInput=${(event) => fill({ prompt: event.target.value })} />`}<//>
       <${Field} label=${t.negative} why=${why("negative_prompt")} error=${errors.negative ?? tokenFault.negative_prompt}
         hint=${form.negative.trim() && guidance <= 1 ? t.negativeNoEffect : ""}
@@ -46,9 +46,9 @@ export function Form() {
         <${Slider} label=${t.guidance} name="guidance" min=${0} max=${Math.max(15, form.guidance ?? 0)} step=${0.5} value=${form.guidance} fallback=${card.guidance}
           why=${why("guidance")} error=${errors.guidance} />
       </div>
-      <div class="pair">
+      <div class="pair wide-first">
         <${Field} label=${t.sampler} error=${errors.sampler}>
-          ${(ids) => html`<select ...${ids} class="select" value=${form.sampler} onChange=${(event) => fill({ sampler: event.target.value })}>
+          ${(ids) => html`<select ...${ids} class="select" value=${form.sampler} title=${labelOf(state, form.sampler || card.sampler)} onChange=${(event) => fill({ sampler: event.target.value })}>
             <option value="">${t.samplerOfModel(labelOf(state, card.sampler))}</option>
             ${state.samplers.map(({ name, label }) => html`<option key=${name} value=${name}>${label}</option>`)}
           </select>`}<//>
@@ -63,12 +63,12 @@ export function Form() {
     <div class="form-foot">
       ${errors.form && html`<${Fault} error=${errors.form}><${FormActs} error=${errors.form} card=${card} /><//>`}
       <div class="row">
-        <button type="submit" class="button primary grow big" disabled=${isSending || !card || !may("generate")}>
+        <button type="submit" class="button primary grow big" title=${t.shortcut} aria-keyshortcuts="Control+Enter" disabled=${isSending || !card || !may("generate")}>
           <${Icon} name="wand" />${isSending ? t.sending : form.n > 1 ? t.generateMany(form.n) : t.generate}</button>
         <${Button} icon="copy" label=${t.copyAsCode} onClick=${() => studio.set({ dialog: { kind: "code", body: bodyOf(studio.get()) } })} />
         <${Button} icon="again" label=${t.reset} onClick=${() => fill({ ...FORM, prompt: form.prompt, model: form.model })} />
       </div>
-      <p class="hint">${may("generate") ? t.shortcut : t.mayNotGenerate}</p>
+      ${!may("generate") && html`<p class="hint">${t.mayNotGenerate}</p>`}
     </div>
   </form>`;
 }
@@ -226,17 +226,26 @@ function Input({ form, why, whyMask, card, errors }) {
   </div>`;
 }
 
-/** A picture that is pasted anywhere on the page becomes the input. */
-function usePasted() {
+/** A picture that is pasted or dropped anywhere on the page becomes the input; no file that is dropped replaces the page. */
+function usePictures() {
   useEffect(() => {
-    const onPaste = (event) => {
-      const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-      const card = cardOf(studio.get());
-      if (!file || card?.ignores.includes("image")) return;
+    const take = (event, files, name) => {
+      const file = [...(files ?? [])].find((one) => one.type.startsWith("image/"));
+      if (!file || event.defaultPrevented) return;
       event.preventDefault();
-      usePicture(file, t.pasted).catch(toastError);
+      const card = cardOf(studio.get());
+      if (card?.ignores.includes("image")) toast(t.ignored.image(card.title));
+      else usePicture(file, name ?? file.name).catch(toastError);
     };
-    addEventListener("paste", onPaste);
-    return () => removeEventListener("paste", onPaste);
+    const listened = {
+      paste: (event) => take(event, event.clipboardData?.files, t.pasted),
+      dragover: (event) => event.dataTransfer?.types.includes("Files") && event.preventDefault(),
+      drop: (event) => {
+        take(event, event.dataTransfer?.files);
+        if (event.dataTransfer?.files.length) event.preventDefault();
+      },
+    };
+    for (const [name, listener] of Object.entries(listened)) addEventListener(name, listener);
+    return () => { for (const [name, listener] of Object.entries(listened)) removeEventListener(name, listener); };
   }, []);
 }

@@ -195,7 +195,7 @@ function History() {
         ${may("generate") && job.state === "failed" && html`<${Button} kind="quiet" class="small" icon="again" label=${t.tryAgain} onClick=${() => retry(job.id)} />`}
         <${Button} kind="quiet" class="small" icon="wand" label=${t.like} onClick=${() => likeThis({ ...job, source: "sdfleet", strength: null, seed: String(job.seed) })} /></div>
       <p class="clamp">${job.prompt}</p>
-      ${job.error && html`<p class="told error">${job.error.message}${job.error.hint ? html` <span class="hint">${job.error.hint}</span>` : ""}</p>`}
+      ${job.state === "failed" && job.error && html`<p class="told error">${job.error.message}${job.error.hint ? html` <span class="hint">${job.error.hint}</span>` : ""}</p>`}
       ${job.outputs.length > 0 && html`<div class="row minis">${job.outputs.slice(0, 6).map((output) => html`<button type="button" class="cell mini" key=${output.id} onClick=${() => show(output)}>
         <img src=${output.thumbnail_url} alt=${t.pictureAlt(output.seed)} loading="lazy" /></button>`)}</div>`}
     </li>`)}</ul>
