@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +129,7 @@ def test_several_requests_are_under_way_at_once_and_each_can_be_cancelled(visit:
             _ask(page, prompt)
             expect(page.locator(".prompt-line")).to_have_text(prompt)
         expect(page.locator(".queue li")).to_have_count(3)
+        expect(page.locator(".queue li").last).to_contain_text(re.compile("before it|Next in line|Step"))
         page.get_by_role("button", name="Cancel: two of three").click()
         expect(page.locator(".queue li")).to_have_count(2)
         gate.let()
@@ -235,14 +240,7 @@ def test_a_dropped_and_a_pasted_picture_become_the_input(visit: Visit, fake_serv
     page = visit(fake_server.url)
     expect(page.locator(".drop")).to_be_visible()
     page.evaluate(
-        """([b64, name, selector, kind]) => {
-            const bytes = Uint8Array.from(atob(b64), (c) => c.charCodeAt(0));
-            const data = new DataTransfer();
-            data.items.add(new File([bytes], name, {type: "image/png"}));
-            const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
-                : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
-            document.querySelector(selector).dispatchEvent(event);
-        }""",
+        _ARRIVES,
         [picture, "dropped.png", ".drop", "drop"],
     )
     expect(page.get_by_alt_text("Input picture dropped.png")).to_be_visible()
@@ -254,6 +252,55 @@ def test_a_dropped_and_a_pasted_picture_become_the_input(visit: Visit, fake_serv
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(_finished(page)).to_be_visible()
     assert _last_job(fake_server)["task"] == "img2img"
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_may_arrive_anywhere_on_the_page(visit: Visit, fake_server: Running, way: str) -> None:
+    picture = _draw(fake_server, "from elsewhere")["images"][0]["b64_json"]
+    page = visit(fake_server.url)
+    expect(page.locator(".drop")).to_be_visible()
+    page.evaluate(_ARRIVES, [picture, "elsewhere.png", ".gallery", way])
+    expect(page.locator(".input-picture img")).to_be_visible()
+
+
+def test_a_picture_is_dragged_from_the_gallery_and_what_a_model_cannot_take_is_said(
+    visit: Visit, fake_server: Running
+) -> None:
+    _draw(fake_server, "dragged along")
+    page = visit(fake_server.url)
+    page.locator(".cell img").first.drag_to(page.locator(".drop"))
+    expect(page.get_by_alt_text("Input picture picture from the gallery")).to_be_visible()
+    page.get_by_role("button", name="Remove the input picture").click()
+    expect(page.locator(".drop")).to_be_visible()
+
+
+_ARRIVES = """([b64, name, selector, kind]) => {
+    const bytes = Uint8Array.from(atob(b64), (c) => c.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name, {type: "image/png"}));
+    const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+        : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
+    document.querySelector(selector).dispatchEvent(event);
+}"""
+
+
+def test_several_pictures_of_a_kept_seed_are_asked_for_and_one_is_downloaded(
+    visit: Visit, fake_server: Running
+) -> None:
+    page = visit(fake_server.url)
+    page.get_by_role("button", name="Roll a seed and keep it").click()
+    seed = page.get_by_label("Seed", exact=True).input_value()
+    page.get_by_role("spinbutton", name="Pictures").fill("3")
+    page.get_by_label("Prompt", exact=True).fill("three of a seed")
+    page.get_by_role("button", name="Generate 3").click()
+    expect(_finished(page)).to_be_visible()
+    job = _last_job(fake_server)
+    assert [output["seed"] for output in job["outputs"]] == [int(seed) + i for i in range(3)]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert _pixels(Path(download.value.path()).read_bytes())
+    page.get_by_role("button", name="Keep the seed").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("")
 
 
 # ---------------------------------------------------------------------------------------------------------- the gallery
@@ -424,9 +471,6 @@ def test_a_key_that_may_only_look_makes_no_pictures(visit: Visit, server: Callab
 def test_the_request_can_be_taken_along_as_code_that_works(
     visit: Visit, fake_server: Running, kind: str, tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     page = visit(fake_server.url)
     page.get_by_label("Prompt", exact=True).fill('it\'s "quoted" \\ and $HOME')
     page.get_by_label("Seed", exact=True).fill("5")
@@ -450,6 +494,35 @@ def test_the_request_can_be_taken_along_as_code_that_works(
     assert _pixels((tmp_path / "picture.png").read_bytes())
     job = _jobs(fake_server)[0]
     assert (job["prompt"], job["seed"]) == ('it\'s "quoted" \\ and $HOME', 5)
+
+
+@pytest.mark.parametrize("kind", ["curl", "Python"])
+def test_code_with_a_picture_is_copied_whole_and_takes_the_key_from_its_variable(
+    visit: Visit, server: Callable[..., Running], kind: str, tmp_path: Path
+) -> None:
+    here = server(api_key="a secret of many words")
+    headers = {"Authorization": "Bearer a secret of many words"}
+    ask("POST", f"{here.url}/api/txt2img", json={"prompt": "the first"}, headers=headers).raise_for_status()
+    page = visit(here.url, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Key", exact=True).fill("a secret of many words")
+    page.get_by_role("button", name="Sign in").click()
+    page.locator(".cell").first.click()
+    page.get_by_role("button", name="Use as input").click()
+    expect(page.locator(".input-picture img")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("another 'one'")
+    page.locator(".form-foot").get_by_role("button", name="Copy as curl, Python or JSON").click()
+    page.get_by_role("button", name=kind, exact=True).click()
+    expect(page.get_by_text("shortened here and copied whole")).to_be_visible()
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_text(f"Copied as {kind}.")).to_be_visible()
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert "secret" not in code
+    command = ["bash", "-c", code] if kind == "curl" else [sys.executable, "-c", code]
+    with_key = {**os.environ, "SD_API_KEY": "a secret of many words"}  # noqa: TID251 - set for a child
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=with_key)
+    assert _pixels((tmp_path / "picture.png").read_bytes())
+    job = ask("GET", f"{here.url}/api/jobs", headers=headers).json()["jobs"][0]
+    assert job["prompt"] == "another 'one'"
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(visit: Visit, fake_server: Running) -> None:
@@ -489,7 +562,8 @@ def test_the_first_load_is_small(visit: Visit, fake_server: Running) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: str, viewport: dict[str, int]) -> None:
-    _draw(fake_server, "looked at by a checker", negative_prompt="blur")
+    for prompt in ("looked at by a checker", "another one"):
+        _draw(fake_server, prompt, negative_prompt="blur")
     page = visit(fake_server.url, color_scheme=scheme, viewport=viewport)
     expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
     found = {"empty": serious(page)}
@@ -500,6 +574,7 @@ def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: s
     expect(page.locator(".mask-board canvas")).to_be_visible()
     found["mask"] = serious(page)
     page.get_by_role("button", name="Keep the mask").click()
+    found["input"] = serious(page)
     page.get_by_role("button", name="Copy as curl, Python or JSON").first.click()
     expect(page.locator("pre.code")).to_be_visible()
     found["code"] = serious(page)
@@ -507,14 +582,37 @@ def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: s
     page.get_by_role("button", name="More models").click()
     expect(page.locator(".model-row").first).to_be_visible()
     found["models"] = serious(page)
+    page.locator(".model-row", has_text="sd15").get_by_role("button", name="Download").click()
+    pull = page.get_by_role("dialog", name="Download sd15")
+    expect(pull.locator(".fault, .facts-list").first).to_be_visible()
+    found["pull"] = serious(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Compare with another picture").click()
+    page.locator(".cell").nth(1).click()
+    expect(page.get_by_role("dialog", name="Compare").locator("dd").last).to_be_visible()
+    found["compare"] = serious(page)
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="History").click()
     expect(page.locator(".history li").first).to_be_visible()
     found["history"] = serious(page)
+    page.get_by_label("Search requests").fill("nothing has these words")
+    expect(page.get_by_text("Nothing found.")).to_be_visible()
+    found["nothing"] = serious(page)
+    with fake_server.holding():
+        _ask(page, "being drawn")
+        expect(page.get_by_test_id("standing")).to_be_visible()
+        found["drawing"] = serious(page)
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        expect(page.get_by_test_id("standing")).to_have_count(0)
     assert {view: faults for view, faults in found.items() if faults} == {}
 
 
-def test_the_sign_in_keeps_nobody_out(visit: Visit, server: Callable[..., Running]) -> None:
-    page = visit(server(api_key="a secret of many words").url)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_sign_in_keeps_nobody_out(
+    visit: Visit, server: Callable[..., Running], scheme: str, viewport: dict[str, int]
+) -> None:
+    page = visit(server(api_key="a secret of many words").url, color_scheme=scheme, viewport=viewport)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
     expect(page.get_by_label("Key", exact=True)).to_be_focused()
     assert serious(page) == []

@@ -217,7 +217,8 @@ export const text = {
     codeTitle: "The request as code",
     codeKind: "Language",
     codeCopied: (kind) => `Copied as ${kind}.`,
-    base64Of: (name) => `<base64 of the ${name}>`,
+    codeShortened: "The picture is shortened here and copied whole.",
+    codeKey: "Put your key into the variable SD_API_KEY.",
 
     maskTitle: "Paint what is drawn anew",
     maskHint: "Paint with the pointer, or with the arrow keys and space.",
