@@ -154,7 +154,7 @@ def code(page: Page) -> None:
     expect(page.locator("pre.code")).to_be_visible()
 
 
-def gallery(page: Page) -> None:
+def history(page: Page) -> None:
     """The list of all requests beside the pictures."""
     studio(page)
     page.get_by_role("tab", name="History").click()
@@ -169,7 +169,7 @@ def sign_in(page: Page) -> None:
 
 STUDIO: dict[str, Callable[[Page], None]] = {
     "empty": empty, "studio": studio, "drawing": drawing, "mask": mask, "compare": compare, "models": models,
-    "code": code, "gallery": gallery, "sign-in": sign_in,
+    "code": code, "history": history, "sign-in": sign_in,
 }  # fmt: skip
 
 

@@ -170,11 +170,11 @@ export function dismiss(id) {
 }
 
 /** Where the columns stand one under the other, what somebody has just asked for may be far from what they pressed. */
-function bringIntoView(selector) {
+function bringIntoView(selector, block = "start") {
   requestAnimationFrame(() => {
     const there = document.querySelector(selector);
     const { top, bottom } = there.getBoundingClientRect();
-    if (top < 0 || top > innerHeight / 2 || bottom < 0) there.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    if (block === "nearest" || top < 0 || top > innerHeight / 2 || bottom < 0) there.scrollIntoView({ block, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   });
 }
 
@@ -254,7 +254,7 @@ export async function usePicture(blob, name) {
     throw new ApiError({ message: text.studio.notReadable(name), hint: text.studio.notReadableHint });
   }
   fill({ image: { url, name, width: image.naturalWidth, height: image.naturalHeight }, mask: null, ratio: "image" });
-  bringIntoView(".input-picture");
+  bringIntoView(".input-picture", "nearest");
 }
 
 /** Models and samplers, asked until they are known. */
