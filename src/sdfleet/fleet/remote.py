@@ -336,7 +336,7 @@ class FleetBackend:
         member = self.members.get(node)
         if member is not None:
             member.give(dispatch.running, now_s=self.now_s())
-            # The board has the job already; what it was last shown has not, so the node is shown anew at its next change.
+            # The board has the job already, and what it was shown last has not: at its next change it is shown anew.
             self._devices.pop(node, None)
         homeless = self._under_way.homeless.get(dispatch.job_id)
         if homeless is None:
