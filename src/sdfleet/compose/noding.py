@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from sdfleet.compose.machine import hardware, standalone
+from sdfleet.compose.machine import hardware, hub, standalone
 from sdfleet.errors import JoinRefused
 from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.node import Node, NodeOptions
@@ -106,5 +106,5 @@ def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *,
         device=str(runtime.capabilities().facts.get("device", settings.device)),
         facts=hardware(),
     )
-    spool, stock = Spool(folder / "spool"), Stock(runtime.catalog, runtime)
+    spool, stock = Spool(folder / "spool"), Stock(runtime.catalog, runtime, hub=lambda source: hub(settings, source))
     return Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)

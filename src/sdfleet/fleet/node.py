@@ -128,6 +128,7 @@ class Node:
         self._moved = asyncio.Event()
         self._has_news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._orders: dict[str, asyncio.Task[None]] = {}
         self.is_leaving = False
 
     # ----------------------------------------------------------------------------------------------- life of the node
@@ -262,16 +263,25 @@ class Node:
 
     async def _on_order(self, message: Incoming) -> None:
         order = unpack(Order, message.data)
-        if not self._is_old(order.epoch):
-            self._spawn(self._follow(order, message.reply), name=f"order {order.order}")
+        if self._is_old(order.epoch):
+            return
+        if order.order == "stop":
+            if (begun := self._orders.get(order.id)) is not None:
+                begun.cancel()
+            return
+        begun = self._orders[order.id] = self._spawn(self._follow(order, message.reply), name=f"order {order.order}")
+        begun.add_done_callback(lambda _: self._orders.pop(order.id, None))
 
     async def _on_hello(self, message: Incoming) -> None:
         if not self._is_old(unpack(SayHello, message.data).epoch):
             await self._say_hello()
 
     async def _follow(self, order: Order, reply: str) -> None:
+        async def tell(facts: Mapping[str, object]) -> None:
+            await self._publish(reply, OrderAnswer(id=order.id, is_last=False, facts=facts))
+
         try:
-            answer = OrderAnswer(id=order.id, facts=await self._stock.obey(order))
+            answer = OrderAnswer(id=order.id, facts=await self._stock.obey(order, tell))
         except SdfleetError as exc:
             answer = OrderAnswer(id=order.id, error=exc.to_wire())
         await self._publish(reply, answer)
