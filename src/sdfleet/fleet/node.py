@@ -228,7 +228,11 @@ class Node:
         if job is not None:
             job.run = replace(job.run, lease=run.lease)  # given here again, by a router that had believed us dead
             return answer("have")
-        if self._spool.get(run.job) is not None:
+        spooled = self._spool.get(run.job)
+        if spooled is not None and spooled.is_failure and spooled.lease != run.lease:
+            # Another try is wanted: the failure of the last one would be counted for it. One unlink is no wait.
+            self._spool.drop(run.job)
+        elif spooled is not None:
             self._spool.renew(run.job, run.lease)
             self._shipping.nudge(run.job)
             return answer("have")
@@ -312,7 +316,10 @@ class Node:
             outcome = Failure(job_id=job.run.job, error=fault)
         try:
             packed = await asyncio.to_thread(pack_or_fail, outcome)
-            await self._insist(lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed))
+            is_failure = isinstance(outcome, Failure)
+            await self._insist(
+                lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed, is_failure=is_failure)
+            )
         finally:
             # The slot is free when the computing has ended, whenever the last byte has left the house.
             self._jobs.pop(job.run.job, None)

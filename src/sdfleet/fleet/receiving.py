@@ -157,9 +157,8 @@ class Receiving:
                 await self._answer(message, ChunkAnswer(verdict="dup", why="another node was faster"))
             return
         is_open = self._is_open(chunk.job)
-        if is_open:
+        if is_open is not False:
             self._offered(chunk.job, node)
-        if is_open or is_open is None:
             await self._answer(message, ChunkAnswer(verdict="refuse", why="not now: the job waits for its turn"))
         else:
             await self._answer(message, ChunkAnswer(verdict="dup", why="the job has ended"))
