@@ -68,7 +68,7 @@ GENERATE = {
 }  # fmt: skip
 
 MANAGE = {
-    ("POST", "/api/pull"), ("DELETE", "/api/delete"), 
+    ("POST", "/api/pull"), ("DELETE", "/api/delete"),
     ("POST", "/sdapi/v1/reload-checkpoint"), ("POST", "/sdapi/v1/unload-checkpoint"),
     *(("POST", f"/api/models/{{name:path}}/{verb}") for verb in ("load", "unload", "pin", "unpin")),
     ("POST", "/dashboard/api/settings"), ("POST", "/fleet/code"), ("GET", "/fleet/pending"),
