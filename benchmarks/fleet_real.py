@@ -62,7 +62,10 @@ def arrivals(load: float, n_jobs: int, *, seed: int) -> list[tuple[float, int]]:
 def simulated(jobs: Sequence[tuple[float, int]]) -> Outcome:
     """What fleet_sim.py makes of them."""
     fleet_sim.MODELS[:] = [MODEL]
-    machines = [Machine(number, speed, 1, 0.0, 1, Curve()) for number, speed in enumerate(SPEEDS.values())]
+    # As the warm-up before leaves the real ones: with the model in memory.
+    machines = [
+        Machine(number, speed, 1, 0.0, 1, Curve(), models=[MODEL]) for number, speed in enumerate(SPEEDS.values())
+    ]
     tasks = [Task(number, MODEL, now_s, steps * STEP_S, steps * STEP_S) for number, (now_s, steps) in enumerate(jobs)]
     return fleet_sim.play(Ours(machines, 0), machines, tasks)
 
