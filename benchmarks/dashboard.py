@@ -166,7 +166,8 @@ def main() -> None:
         without = watch(fleet, meter, lambda: 0.0, seconds=alone_s, n_jobs=n_alone)
         with read_by(fleet.url, told.readers - 1) as readers, page_of(fleet.url) as heap_mb:
             share = watch(fleet, meter, heap_mb, seconds=seconds, n_jobs=told.jobs)
-            print(f"at work: {without:.1f} % with nobody, {share:.1f} % read: {share - without:.1f} % for {told.readers}")
+            print(f"at work: {without:.1f} % with nobody, {share:.1f} % read")
+            print(f"for {told.readers} readers: {share - without:.1f} % of one core")
             n_events, n_bytes = (sum(getattr(one, name) for one in readers) for name in ("n_events", "n_bytes"))
             print(f"{n_events} events, {n_bytes / max(1, n_events):.0f} bytes each")
 

@@ -83,7 +83,8 @@ def measure(n: int, *, n_frames: int) -> dict[str, Any]:
         found = look(browser, here.url, n_frames=n_frames)
     print(
         f"{n:8}  {found['p50_ms']:6.1f} ms {found['p95_ms']:5.1f} {found['worst_ms']:6.1f}  {found['long_ms']:8.0f} ms"
-        f"  {found['cells']:5} {found['nodes']:6}   {found['end_ms']:7.0f} ms  {found['pages']:5}  {found['thumbnails']:10}",
+        f"  {found['cells']:5} {found['nodes']:6}   {found['end_ms']:7.0f} ms  {found['pages']:5}"
+        f"  {found['thumbnails']:10}",
         flush=True,
     )
     return found
@@ -91,7 +92,7 @@ def measure(n: int, *, n_frames: int) -> dict[str, Any]:
 
 def look(browser: Browser, url: str, *, n_frames: int) -> dict[str, Any]:
     """What a browser finds."""
-    page = browser.new_page(viewport={**WIDE})  # type: ignore[typeddict-item]
+    page = browser.new_page(viewport=WIDE)
     page.set_default_timeout(PATIENCE_MS)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

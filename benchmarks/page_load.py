@@ -49,7 +49,7 @@ def main() -> None:
 
 def visit(browser: Browser, url: str, selector: str) -> dict[str, Any]:
     """One first visit."""
-    context = browser.new_context(viewport={**WIDE})  # type: ignore[typeddict-item]
+    context = browser.new_context(viewport=WIDE)
     page = context.new_page()
     page.goto(url, wait_until="commit")
     found: dict[str, Any] = page.evaluate(READY, selector)

@@ -401,5 +401,5 @@ def test_who_leaves_in_the_middle_of_a_body_is_no_fault_of_the_server(fake_serve
         "query_string": b"", "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1),
         "headers": [(b"host", b"127.0.0.1")],
     }  # fmt: skip
-    fake_server.call(fake_server.app(scope, receive, send))  # type: ignore[arg-type]
+    fake_server.call(fake_server.app(scope, receive, send))
     assert told[0]["status"] == 499

@@ -24,10 +24,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.api.serving import running
 from tests.fleet.real_fleet import RealFleet, real_fleet
-from tests.web.browser import PATIENCE_MS, Faults, browsing
+from tests.web.browser import NARROW, PATIENCE_MS, WIDE, Faults, browsing
 
-WIDE = {"width": 1400, "height": 900}
-NARROW = {"width": 390, "height": 844}
 QUALITY = 78
 MAX_BYTES = 150_000
 ASK_S = 300
@@ -213,8 +211,9 @@ def at_work(fleet: RealFleet) -> Iterator[None]:
 
 def dashboard(page: Page) -> None:
     """The whole page, from the tiles to the requests."""
-    expect(page.get_by_role("region", name="Nodes").get_by_role("article")).to_have_count(3)
-    expect(page.get_by_role("region", name="Nodes").get_by_role("article").first).to_contain_text(re.compile("step [1-9]"))
+    nodes = page.get_by_role("region", name="Nodes").get_by_role("article")
+    expect(nodes).to_have_count(3)
+    expect(nodes.first).to_contain_text(re.compile("step [1-9]"))
     expect(page.get_by_role("region", name="Requests").get_by_role("row").nth(3)).to_be_visible()
     expect(page.get_by_role("region", name="Health")).to_be_visible()
 
@@ -238,8 +237,8 @@ def take(browser: Browser, url: str, name: str, view: Callable[[Page], None], to
     for width, viewport in (("wide", WIDE), ("narrow", NARROW)):
         for scheme in ("light", "dark"):
             context = browser.new_context(
-                viewport={**viewport}, color_scheme=scheme, reduced_motion="reduce", has_touch=width == "narrow"
-            )  # type: ignore[call-overload]
+                viewport=viewport, color_scheme=scheme, reduced_motion="reduce", has_touch=width == "narrow"
+            )
             context.set_default_timeout(PATIENCE_MS)
             page = context.new_page()
             faults = Faults()
@@ -251,7 +250,7 @@ def take(browser: Browser, url: str, name: str, view: Callable[[Page], None], to
             shot = page.screenshot(full_page=whole, animations="disabled")
             target = to / f"page-{name}-{scheme}-{width}.webp"
             Image.open(io.BytesIO(shot)).convert("RGB").save(target, quality=QUALITY, method=6)
-            print(f"{target.name:44} {target.stat().st_size:7} bytes", flush=True)
+            print(f"{target.name:44} {target.stat().st_size:7} bytes", flush=True)  # noqa: T201 - a command
             assert target.stat().st_size < MAX_BYTES, target
             assert faults.told == [], faults.told
             if name == "drawing":
