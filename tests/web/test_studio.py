@@ -95,13 +95,25 @@ def test_several_requests_are_under_way_at_once_and_each_can_be_cancelled(visit:
             ask_for(page, prompt)
             expect(page.locator(".prompt-line")).to_have_text(prompt)
         expect(page.locator(".queue li")).to_have_count(3)
-        expect(page.locator(".queue li").last).to_contain_text(re.compile("before it|Next in line|Step"))
         page.get_by_role("button", name="Cancel: two of three").click()
         expect(page.locator(".queue li")).to_have_count(2)
         gate.let()
         expect(page.locator(".queue li")).to_have_count(0)
     states = {job["prompt"]: job["state"] for job in jobs_of(fake_server)[:3]}
     assert states == {"one of three": "done", "two of three": "cancelled", "three of three": "done"}
+
+
+def test_a_request_that_waits_says_how_many_are_before_it(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server(max_pictures=1)
+    page = visit(here.url)
+    with here.holding() as gate:
+        ask_for(page, "is being drawn")
+        gate.wait_for_job()
+        for prompt, place in (("the first to wait", "Next in line"), ("the second to wait", "1 waiting job before it")):
+            ask_for(page, prompt)
+            expect(page.locator(".queue li").filter(has_text=prompt)).to_contain_text(place)
+        gate.let()
+        expect(page.locator(".queue li")).to_have_count(0)
 
 
 def test_a_reload_during_a_job_finds_it_going_on(visit: Visit, fake_server: Running) -> None:

@@ -122,7 +122,7 @@ export const text = {
     emptyText: "Describe a picture and press Generate. Everything stays on this server.",
     samples: ["a red circle to the left of a blue square on a yellow background", "a green triangle above a white circle", "an orange star on a purple background"],
     failed: (why) => `The picture could not be made: ${why}`,
-    queued: (position, eta) => `${position === 0 || position === null ? "Next in line" : `${many(position, "job")} before it`}${eta ? `, about ${eta} to go` : ""}`,
+    queued: (position, eta) => `${(position ?? 0) <= 1 ? "Next in line" : `${many(position - 1, "waiting job")} before it`}${eta ? `, about ${eta} to go` : ""}`,
     running: (step, steps, eta) => `${step ? `Step ${step} of ${steps}` : "Getting ready"}${eta && step ? `, about ${eta} left` : ""}`,
     // Read aloud at each quarter, not at each step.
     progressSaid: (job) => (job.state === "queued" ? "Waiting in line" : `${Math.floor((4 * job.progress.step) / (job.progress.steps || 1)) * 25} percent`),
