@@ -166,8 +166,8 @@ def sign_in(page: Page) -> None:
 
 
 STUDIO: dict[str, Callable[[Page], None]] = {
-    "empty": empty, "studio": studio, "drawing": drawing, "mask": mask, "compare": compare, "models": models,
-    "code": code, "history": history, "sign-in": sign_in,
+    "empty": empty, "studio": studio, "history": history, "mask": mask, "compare": compare, "models": models,
+    "code": code, "drawing": drawing, "sign-in": sign_in,
 }  # fmt: skip
 
 
