@@ -231,7 +231,8 @@ def nats_config() -> None:
         from sdfleet.fleet.broker import authorization
         from sdfleet.fleet.trust import Roster
 
-        console.say(authorization(Roster.open(settings.home / "fleet").users()))
+        roster = Roster.open(settings.home / "fleet", takes_guests=settings.join_requests)
+        console.say(authorization(roster.users()))
 
 
 def _do(
