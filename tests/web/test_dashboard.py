@@ -121,6 +121,7 @@ def test_a_finding_of_the_doctor_comes_with_the_command_that_mends_it(
     finding = _section(page, "Health").get_by_role("article").filter(has_text="vocab.json").first
     expect(finding).to_contain_text("Fault")
     expect(finding).to_contain_text("tokenizer/vocab.json is missing")
+    assert serious(page) == []
     finding.get_by_role("button", name=re.compile("Copy")).click()
     expect(page.get_by_text("Copied.")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == finding.locator("code").inner_text()
@@ -141,6 +142,7 @@ def test_charts_say_in_words_and_in_a_table_what_they_draw(visit: Visit, server:
     expect(rows).to_have_count(61)
     cells = [rows.nth(i).get_by_role("cell").all_inner_texts() for i in range(57, 61)]
     assert [sum(int(row[i]) for row in cells) for i in range(3)] == [2, 1, 0]
+    assert serious(page) == []
     page.get_by_role("button", name="15 min").click()
     expect(drawing.locator("desc")).to_contain_text("In the last 15 minutes: 2 jobs done")
     expect(rows).to_have_count(31)

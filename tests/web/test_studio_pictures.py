@@ -160,6 +160,9 @@ def test_like_this_one_takes_over_how_a_picture_was_made(visit: Visit, fake_serv
     expect(page.get_by_label("Negative prompt")).to_have_value("haste")
     expect(page.get_by_label("Seed", exact=True)).to_have_value(str(2**63))
     expect(page.get_by_label("Sampler")).to_have_value("heun")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("9")
+    expect(page.get_by_label("Guidance", exact=True)).to_have_value("2.5")
+    expect(page.get_by_label("Width in pixels")).to_have_value("128")
     before = finished(page).get_attribute("src") or ""
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(finished(page)).not_to_have_attribute("src", before)
