@@ -27,7 +27,8 @@ from sdfleet.api.access import caller_of, check_right
 from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.forecasts import Forecasts
-from sdfleet.api.ollama import FAULTS, NDJSON
+from sdfleet.api.ollama import FAULTS
+from sdfleet.api.talk import NDJSON
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.consent import Consent
 from sdfleet.catalog.download import DownloadPlan, PullProgress, facts_of, fetch, plan_download
