@@ -34,11 +34,7 @@ class TalkAsked(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = ""
-    stream: Annotated[
-        bool | None, Field(description="pieces as they come; Ollama's routes do so unless told not to")
-    ] = None
-
-
+    stream: Annotated[bool | None, Field(description="as it comes; Ollama's routes do so unless told not to")] = None
 class TranscribeAsked(BaseModel):
     """A recording to be written down; `audio` is another name for `file`."""
 

@@ -37,11 +37,8 @@ class OpenAIEngine:
         if self._slots is None:
             self._slots = await self._find_slots()
         beside = {one.get("name"): one for one in told.get("models") or () if isinstance(one, dict)}
-        found = []
-        for one in told["data"]:
-            if isinstance(one, dict) and isinstance(one.get("id"), str):
-                found.append(_model(one, beside.get(one["id"]) or {}, slots=self._slots))
-        return tuple(found)
+        listed = [one for one in told["data"] if isinstance(one, dict) and isinstance(one.get("id"), str)]
+        return tuple(_model(one, beside.get(one["id"]) or {}, slots=self._slots) for one in listed)
 
     async def answer(self, model: LanguageModel, ask: Ask) -> AsyncGenerator[bytes]:
         if not ask.door.startswith("/v1/"):

@@ -185,8 +185,8 @@ async def _check(answer: Any) -> None:
 def fault_of(status: int, body: bytes) -> SdfleetError:
     """The error of ours for an upstream's status and body, in its own words.
 
-    >>> print(repr(fault_of(404, b'{"error": "model x not found"}')), repr(fault_of(400, b'{"error":{"message":"no"}}')))
-    ModelNotFound('model x not found') UpstreamRefused('no')
+    >>> fault_of(404, b'{"error": "no model x"}'), fault_of(400, b'{"error": {"message": "no"}}')
+    (ModelNotFound('no model x'), UpstreamRefused('no'))
     """
     said = _said(body) or f"HTTP {status}"
     match status:

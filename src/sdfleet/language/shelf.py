@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from sdfleet.errors import Busy, ModelNotFound, SdfleetError, UpstreamFailed
 from sdfleet.language.asking import EMBEDDING, SPEECH, Answer, Ask, Engine, LanguageModel, not_found, same_name
@@ -42,7 +43,7 @@ class Shelf:
         self._looked_s = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Shelf:
+    async def __aenter__(self) -> Self:
         if self._places:
             self._task = asyncio.create_task(self._keep_looking(), name="language models")
         return self
