@@ -35,6 +35,8 @@ class TalkAsked(BaseModel):
 
     model: str = ""
     stream: Annotated[bool | None, Field(description="as it comes; Ollama's routes do so unless told not to")] = None
+
+
 class TranscribeAsked(BaseModel):
     """A recording to be written down; `audio` is another name for `file`."""
 

@@ -88,7 +88,7 @@ class Told(Response):
                 return
             log.info("an answer broke off", extra={"model": self._ask.model[:80], "why": exc.code})
             if not self._ask.is_stream:
-                raise  # only breaking the connection tells that the body is not whole
+                return  # the server closes a connection whose answer has no end, which tells that it is not whole
             await self._say(send, self._framed(_one_line(response)))
             await send({"type": "http.response.body", "body": b""})
         finally:

@@ -54,10 +54,12 @@ from sdfleet.fleet.messages import (
     up,
 )
 from sdfleet.fleet.shipping import Shipping, sha256_of
+from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock, slots_of
 from sdfleet.fleet.task import Task, pack_or_fail
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
+from sdfleet.language.asking import LanguageModel
 from sdfleet.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ class NodeOptions:
 class Node:
     """See the file's first lines. `run` until it is cancelled; `close` beforehand lets running jobs end.
 
-    stock: the models of this machine.
+    stock: the models of this machine. speaker: its language models, where it has any.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Node:
         runtime: Runtime,
         spool: Spool,
         stock: Stock,
+        speaker: Speaker | None = None,
     ) -> None:
         self.options = options
         self.boot = secrets.token_hex(8)
@@ -117,6 +120,7 @@ class Node:
         self._runtime = runtime
         self._spool = spool
         self._stock = stock
+        self._speaker = speaker
         self._shipping = Shipping(options.node, bus=bulk, spool=spool, on_change=self._changed)
         self._jobs: dict[JobId, Task] = {}
         self._epoch = 0
@@ -124,6 +128,7 @@ class Node:
         self._hello = 1
         self._models: tuple[ModelHere, ...] = ()
         self._adapters: tuple[AdapterHere, ...] = ()
+        self._language: tuple[LanguageModel, ...] = ()
         self._beat = asyncio.Event()
         self._moved = asyncio.Event()
         self._has_news = asyncio.Event()
@@ -135,7 +140,9 @@ class Node:
     async def run(self) -> NoReturn:
         """Serve until cancelled. Jobs that are being drawn then are dropped; what is spooled stays."""
         self._models, self._adapters = await self._stock.models(), await self._stock.adapters()
+        self._language = self._spoken()
         self._control.on_connection(self._on_connection)
+        spoken = () if self._speaker is None else self._speaker.begin(changed=self._changed, is_old=self._is_old)
         heard = [
             await self._control.subscribe(down(self.options.node, what), self._guarded(handler))
             for what, handler in (
@@ -144,6 +151,7 @@ class Node:
                 ("watch", self._on_watch),
                 ("order", self._on_order),
                 ("hello", self._on_hello),
+                *spoken,
             )
         ]
         try:
@@ -155,6 +163,8 @@ class Node:
                 tasks.create_task(self._shipping.run(), name="shipping")
                 await asyncio.Event().wait()
         finally:
+            if self._speaker is not None:
+                await self._speaker.close()
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
@@ -169,7 +179,7 @@ class Node:
         self._changed()
         try:
             async with asyncio.timeout(within_s):
-                while self._jobs or self._spool.all():
+                while self._jobs or self._spool.all() or (self._speaker is not None and self._speaker.n_running):
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
@@ -418,7 +428,12 @@ class Node:
         self._seq += 1
         standing = self._runtime.capabilities()
         loaded, pinned = self._stock.on_device()
-        memory = self._stock.memory(self.options.memory_bytes)
+        speaker = self._speaker
+        memory = self._stock.memory(
+            self.options.memory_bytes,
+            beside_bytes=0 if speaker is None else speaker.taken_bytes(),
+            coming_bytes=0 if speaker is None else speaker.coming_bytes(),
+        )
         return Heartbeat(
             boot=self.boot,
             seq=self._seq,
@@ -442,6 +457,7 @@ class Node:
             state=standing.state,
             reason=standing.reason,
             is_leaving=self.is_leaving,
+            language=() if speaker is None else speaker.standing(),
         )  # fmt: skip
 
     async def _say_hello(self) -> None:
@@ -456,6 +472,7 @@ class Node:
             adapters=self._adapters,
             memory_bytes=self._stock.memory(self.options.memory_bytes).total_bytes,
             facts=self.options.facts,
+            language=self._language,
         )
         await self._publish(up(self.options.node, "hello"), hello)
 
@@ -465,11 +482,14 @@ class Node:
             await self._look_at_models()
 
     async def _look_at_models(self) -> None:
-        models, adapters = await self._stock.models(), await self._stock.adapters()
-        if (models, adapters) != (self._models, self._adapters):
-            self._models, self._adapters = models, adapters
+        models, adapters, spoken = await self._stock.models(), await self._stock.adapters(), self._spoken()
+        if (models, adapters, spoken) != (self._models, self._adapters, self._language):
+            self._models, self._adapters, self._language = models, adapters, spoken
             self._hello += 1
             await self._say_hello()
+
+    def _spoken(self) -> tuple[LanguageModel, ...]:
+        return () if self._speaker is None else self._speaker.models()
 
     def _changed(self) -> None:
         """Something that the next heartbeat should say soon."""

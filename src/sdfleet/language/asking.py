@@ -95,7 +95,8 @@ class Ask:
 class Answer:
     """An answer whose first piece has come. node: who gives it, "" for this machine; n_retries: who failed before.
 
-    pieces: all of them; where they break off, reading them raises UpstreamFailed.
+    pieces: all of them; where they break off, reading them raises UpstreamFailed. Of an answer that does not stream
+    they are parts of one body, in order.
     """
 
     node: str
@@ -151,3 +152,10 @@ def same_name(asked: str, known: str) -> bool:
 def not_found(name: str) -> ModelNotFound:
     """What a caller is told who names a model that nobody has."""
     return ModelNotFound(f"model(s) {name[:80]!r} not found on any node", hint="see /api/tags")
+
+
+async def with_first(first: bytes, others: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """All pieces, of which the first was read already."""
+    yield first
+    async for piece in others:
+        yield piece

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 from sdfleet.errors import Busy, ModelNotFound, SdfleetError, UpstreamFailed
-from sdfleet.language.asking import EMBEDDING, SPEECH, Answer, Ask, Engine, LanguageModel, not_found, same_name
+from sdfleet.language.asking import (
+    EMBEDDING,
+    SPEECH,
+    Answer,
+    Ask,
+    Engine,
+    LanguageModel,
+    not_found,
+    same_name,
+    with_first,
+)
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +169,3 @@ def _counted(place: _Place, name: str) -> Iterator[None]:
         place.n_running[name] -= 1
         if not place.n_running[name]:
             del place.n_running[name]
-
-
-async def with_first(first: bytes, others: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """All pieces, of which the first was read already."""
-    yield first
-    async for piece in others:
-        yield piece
