@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from sdfleet.domain import MAX_IMAGES, ImageRequest, ImageResult, JobId, Picture
 from sdfleet.errors import SdfleetError
-from sdfleet.language.asking import LanguageModel
+from sdfleet.language.asking import LanguageModel, Speaking
 from sdfleet.plain import Misfit, from_plain, to_plain
 
 VERSION = 1
@@ -237,15 +237,6 @@ class StepCurve:
     model: str
     work: float
     rows_s: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speaking:
-    """How a language model stands on a node; those that are neither in memory nor in use are not named."""
-
-    model: str
-    is_warm: bool
-    n_running: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,7 @@ from sdfleet.fleet.stock import Stock, slots_of
 from sdfleet.fleet.task import Task, pack_or_fail
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
 from sdfleet.language.asking import LanguageModel
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Node:
         self._runtime = runtime
         self._spool = spool
         self._stock = stock
-        self._speaker = speaker
+        self._speaker = speaker or Speaker(options.node, control=control, bulk=bulk, language=Shelf())
         self._shipping = Shipping(options.node, bus=bulk, spool=spool, on_change=self._changed)
         self._jobs: dict[JobId, Task] = {}
         self._epoch = 0
@@ -140,9 +141,8 @@ class Node:
     async def run(self) -> NoReturn:
         """Serve until cancelled. Jobs that are being drawn then are dropped; what is spooled stays."""
         self._models, self._adapters = await self._stock.models(), await self._stock.adapters()
-        self._language = self._spoken()
+        self._language = self._speaker.models()
         self._control.on_connection(self._on_connection)
-        spoken = () if self._speaker is None else self._speaker.begin(changed=self._changed, is_old=self._is_old)
         heard = [
             await self._control.subscribe(down(self.options.node, what), self._guarded(handler))
             for what, handler in (
@@ -151,7 +151,7 @@ class Node:
                 ("watch", self._on_watch),
                 ("order", self._on_order),
                 ("hello", self._on_hello),
-                *spoken,
+                *self._speaker.begin(changed=self._changed, is_old=self._is_old),
             )
         ]
         try:
@@ -163,8 +163,7 @@ class Node:
                 tasks.create_task(self._shipping.run(), name="shipping")
                 await asyncio.Event().wait()
         finally:
-            if self._speaker is not None:
-                await self._speaker.close()
+            await self._speaker.close()
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
@@ -179,7 +178,7 @@ class Node:
         self._changed()
         try:
             async with asyncio.timeout(within_s):
-                while self._jobs or self._spool.all() or (self._speaker is not None and self._speaker.n_running):
+                while self._jobs or self._spool.all() or self._speaker.n_running:
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
@@ -430,9 +429,7 @@ class Node:
         loaded, pinned = self._stock.on_device()
         speaker = self._speaker
         memory = self._stock.memory(
-            self.options.memory_bytes,
-            beside_bytes=0 if speaker is None else speaker.taken_bytes(),
-            coming_bytes=0 if speaker is None else speaker.coming_bytes(),
+            self.options.memory_bytes, beside_bytes=speaker.taken_bytes(), coming_bytes=speaker.coming_bytes()
         )
         return Heartbeat(
             boot=self.boot,
@@ -457,7 +454,7 @@ class Node:
             state=standing.state,
             reason=standing.reason,
             is_leaving=self.is_leaving,
-            language=() if speaker is None else speaker.standing(),
+            language=speaker.standing(),
         )  # fmt: skip
 
     async def _say_hello(self) -> None:
@@ -482,14 +479,12 @@ class Node:
             await self._look_at_models()
 
     async def _look_at_models(self) -> None:
-        models, adapters, spoken = await self._stock.models(), await self._stock.adapters(), self._spoken()
+        models, adapters = await self._stock.models(), await self._stock.adapters()
+        spoken = self._speaker.models()
         if (models, adapters, spoken) != (self._models, self._adapters, self._language):
             self._models, self._adapters, self._language = models, adapters, spoken
             self._hello += 1
             await self._say_hello()
-
-    def _spoken(self) -> tuple[LanguageModel, ...]:
-        return () if self._speaker is None else self._speaker.models()
 
     def _changed(self) -> None:
         """Something that the next heartbeat should say soon."""

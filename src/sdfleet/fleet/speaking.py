@@ -26,9 +26,9 @@ from sdfleet.fleet.language_messages import (
     WantRest,
     unpack_ask,
 )
-from sdfleet.fleet.messages import BlobPart, BrokenMessage, Speaking, pack, unpack, up
+from sdfleet.fleet.messages import BlobPart, BrokenMessage, pack, unpack, up
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
-from sdfleet.language.asking import Ask, LanguageModel
+from sdfleet.language.asking import Ask, LanguageModel, Speaking
 from sdfleet.language.shelf import Shelf
 
 log = logging.getLogger(__name__)

@@ -56,6 +56,15 @@ class LanguageModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speaking:
+    """How a language model stands on a node; those that are neither in memory nor in use are not named."""
+
+    model: str
+    is_warm: bool
+    n_running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sound:
     """A recording as it was uploaded, in any format that the engine reads."""
 
