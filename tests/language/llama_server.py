@@ -71,6 +71,8 @@ def main() -> None:
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 4096, 8, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.endpoint_slots = True
+    # Random weights end their text at random; these go on for as long as they are asked to.
+    params.ctx_shift = params.sampling.ignore_eos = True
     if sys.argv[3:]:
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN

@@ -37,6 +37,7 @@ from sdfleet.errors import (
     InvalidValue,
     NotAuthenticated,
     NotFound,
+    NotReady,
     SdfleetError,
     UnknownName,
 )
@@ -140,7 +141,7 @@ async def show(request: Request, asked: Annotated[ShowAsked, Depends(json_body(S
     house = house_of(request)
     try:
         entry = await _entry(house, asked.model or asked.name)
-    except NotFound:
+    except (NotFound, NotReady):  # a router that has just begun does not know yet what its nodes draw with
         if (model := house.language.find(asked.model or asked.name)) is None:
             raise
         return as_shown(model)
@@ -192,7 +193,9 @@ async def generate(request: Request, asked: Annotated[GenerateAsked, Depends(jso
         raise InvalidValue("model", "it is missing", hint="see /api/tags")
     try:
         entry = await _entry(house, asked.model)
-    except NotFound:  # none that draws: one that writes, if there is one
+    except (NotFound, NotReady) as exc:  # none that draws: one that writes, if there is one
+        if isinstance(exc, NotReady) and house.language.find(asked.model) is None:
+            raise
         ask = Ask(door="/api/generate", model=asked.model, body=asked.model_dump(exclude_unset=True))
         return answered(request, ask, dialect=DIALECT)
     if not asked.prompt.strip():

@@ -41,7 +41,15 @@ from sdfleet.api.openai_wire import (
 from sdfleet.catalog.store import Entry
 from sdfleet.compose import House
 from sdfleet.domain import ImageRequest, Job, Picture, PictureFormat, Submission
-from sdfleet.errors import BrokenPicture, ContentWithheld, InvalidValue, NotAuthenticated, SdfleetError, UnknownName
+from sdfleet.errors import (
+    BrokenPicture,
+    ContentWithheld,
+    InvalidValue,
+    NotAuthenticated,
+    NotReady,
+    SdfleetError,
+    UnknownName,
+)
 from sdfleet.storage import pictures
 
 # Where we say width and height, these clients said size.
@@ -177,7 +185,7 @@ async def model(request: Request, name: str) -> ModelAnswer:
     """One model; OpenAI's names answer too, `root` says what they stand for here."""
     try:
         entry = await asyncio.to_thread(_entry, house_of(request), name)
-    except UnknownName:
+    except (UnknownName, NotReady):
         if (beside := house_of(request).language.find(name)) is None:
             raise
         return ModelAnswer(id=name, root=beside.name)

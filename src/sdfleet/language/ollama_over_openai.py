@@ -70,11 +70,11 @@ class _Telling:
     calls: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def lines(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The lines for one event of the other shape, which may be a whole answer as well."""
+        """The lines for one event of the other shape."""
         self.usage = event.get("usage") or self.usage
         self.timings = event.get("timings") or self.timings
         for choice in (event.get("choices") or ())[:1]:
-            delta = choice.get("delta") or choice.get("message") or {}
+            delta = choice.get("delta") or {}
             text = delta.get("content") or choice.get("text") or ""
             thinking = delta.get("reasoning_content") or delta.get("reasoning") or ""
             for call in delta.get("tool_calls") or ():
@@ -134,16 +134,18 @@ async def _told(server: Server, model: LanguageModel, ask: Ask) -> AsyncGenerato
         return
     path, body, warnings = _body(model, ask)
     telling = _Telling(model=ask.model, is_chat=is_chat, warnings=warnings)
-    if not ask.is_stream:
-        lines = list(telling.lines(_read(await server.whole(path, body))))
-        yield json.dumps(_joined(lines, telling.last())).encode()
-        return
     body |= {"stream": True, "stream_options": {"include_usage": True}}
+    # Also where the whole is wanted: some llama.cpp servers notice that a caller has left only while they stream.
+    lines = []
     async with aclosing(events(server, path, body)) as told:
         async for data in told:
             for line in telling.lines(_read(data)):
-                yield json.dumps(line).encode()
-    yield json.dumps(telling.last()).encode()
+                if ask.is_stream:
+                    yield json.dumps(line).encode()
+                else:
+                    lines.append(line)
+    last = telling.last()
+    yield json.dumps(last if ask.is_stream else _joined(lines, last)).encode()
 
 
 def _joined(lines: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
