@@ -14,9 +14,11 @@ import pytest
 from sdfleet.language.asking import Engine
 from sdfleet.language.openai import OpenAIEngine
 from sdfleet.language.server import Server
+from sdfleet.language.whisper import WhisperEngine, WhisperOptions
+from sdfleet.settings import engine_environment
 from tests.api.serving import Running, running
 from tests.fleet.houses import RouterInMemory
-from tests.language import tiny_llama
+from tests.language import tiny_llama, tiny_whisper
 from tests.language.llama_server import LlamaServer, llama_server
 from tests.language.ollama_server import ollama_server
 
@@ -56,20 +58,30 @@ def llamas(gguf: Path) -> Iterator[Llamas]:
 
 
 @pytest.fixture(scope="session")
-def machine(llamas: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One machine, with one server that writes and one that embeds."""
+def whispers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of speech models, with one."""
+    folder = tmp_path_factory.mktemp("speech")
+    tiny_whisper.write(folder / "tiny-whisper")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def machine(llamas: Llamas, whispers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One machine, with one server that writes, one that embeds, and speech."""
     urls = f"{llamas.first.url}/v1, {llamas.embedding.url}"
-    with running(tmp_path_factory.mktemp("machine"), language_urls=urls) as here:
+    home = tmp_path_factory.mktemp("machine")
+    with running(home, language_urls=urls, speech_models=whispers, device="cpu", threads=1) as here:
         _wait_for_models(here)
         yield here
 
 
 @pytest.fixture(scope="session")
-def router(llamas: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A router: both nodes write, the second one embeds too."""
+def router(llamas: Llamas, whispers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A router: both nodes write, the second one embeds and listens too."""
+    speech = WhisperOptions(folder=whispers, device="cpu", n_threads=1, env=engine_environment())
     language = {
         "n1": lambda: llamas.engines(llamas.first.url),
-        "n2": lambda: llamas.engines(llamas.second.url, llamas.embedding.url),
+        "n2": lambda: [*llamas.engines(llamas.second.url, llamas.embedding.url), WhisperEngine(speech)],
     }
     opens = RouterInMemory("n1", "n2", language=language)
     with running(tmp_path_factory.mktemp("router"), opens=opens) as here:
@@ -98,5 +110,7 @@ def ollama_client(house: Running) -> Iterator[ollama.Client]:
 
 
 def _wait_for_models(here: Running) -> None:
-    while not {"tiny", "tiny-embed"} <= {one["id"] for one in httpx2.get(f"{here.url}/v1/models").json()["data"]}:
+    while not {"tiny", "tiny-embed", "tiny-whisper"} <= {
+        one["id"] for one in httpx2.get(f"{here.url}/v1/models").json()["data"]
+    }:
         pass

@@ -40,8 +40,14 @@ class FakeOllama:
                 Route("/api/pull", self.pull, methods=["POST"]),
                 Route("/api/delete", self.delete, methods=["DELETE"]),
                 Route("/v1/{rest:path}", self.passed, methods=["POST"]),
-            ]
+            ],
+            lifespan=self._life,
         )
+
+    @contextlib.asynccontextmanager
+    async def _life(self, _: Starlette) -> AsyncIterator[None]:
+        async with self._client:
+            yield
 
     async def tags(self, _: Request) -> Response:
         return JSONResponse({"models": [self._entry(name) for name in self.models]})
@@ -98,7 +104,7 @@ class FakeOllama:
 @contextlib.contextmanager
 def ollama_server(llama_url: str) -> Iterator[str]:
     """Its address."""
-    config = uvicorn.Config(FakeOllama(llama_url).app, log_level="critical", lifespan="off", ws="none")
+    config = uvicorn.Config(FakeOllama(llama_url).app, log_level="critical", lifespan="on", ws="none")
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -117,19 +117,25 @@ def _ask(request: Request, ask: Ask) -> Response:
 
 async def _written_down(request: Request, door: Door) -> Response:
     form = await form_of(request)
-    sound, body = None, {}
+    try:
+        sound, body = await _read(form)
+    finally:
+        await form.close()
+    if sound is None or not sound.data:
+        raise InvalidValue("file", "it is missing or empty", hint="send a recording as the form's field `file`")
+    return _ask(request, Ask(door=door, model=str(body.get("model", "")), body=body, sound=sound))
+
+
+async def _read(form: FormData) -> tuple[Sound | None, dict[str, object]]:
+    """The recording and the other fields; fields whose name ends in [] may come several times."""
+    sound, body = None, dict[str, object]()
     for name in form:
         values = form.getlist(name)
         uploads = [value for value in values if isinstance(value, UploadFile)]
         if uploads and name in {"file", "audio"} and sound is None:
             one = uploads[0]
-            sound = Sound(
-                name=(one.filename or "sound")[:200],
-                kind=one.content_type or "application/octet-stream",
-                data=await one.read(),
-            )
+            kind = one.content_type or "application/octet-stream"
+            sound = Sound(name=(one.filename or "sound")[:200], kind=kind, data=await one.read())
         elif not uploads:
             body[name] = values[0] if len(values) == 1 and not name.endswith("[]") else list(values)
-    if sound is None or not sound.data:
-        raise InvalidValue("file", "it is missing or empty", hint="send a recording as the form's field `file`")
-    return _ask(request, Ask(door=door, model=str(body.get("model", "")), body=body, sound=sound))
+    return sound, body

@@ -131,6 +131,13 @@ class FleetLanguage:
     def nodes_with(self, name: str) -> tuple[str, ...]:
         return tuple(member.node for member in self._online() if _model_of(member, name) is not None)
 
+    def pullers(self) -> tuple[str, ...]:
+        return tuple(
+            member.node
+            for member in self._online()
+            if member.hello is not None and any(model.engine == "ollama" for model in member.hello.language)
+        )
+
     # ------------------------------------------------------------------------------------------------------ an answer
 
     @asynccontextmanager
@@ -144,7 +151,7 @@ class FleetLanguage:
         fault: SdfleetError = not_found(ask.model)
         if self._backend.gathers and self.find(ask.model) is None:
             fault = NotReady("not every node has been heard since this router began", retry_after_s=2.0)
-        while (found := self._chosen(ask.model, tried)) is not None:
+        while (found := self._chosen(ask, tried)) is not None:
             node, model = found
             hearing = _Hearing(req=secrets.token_hex(12), node=node, request=request)
             async with self._heard(hearing, ask, model), aclosing(self._pieces(hearing, ask)) as pieces:
@@ -266,15 +273,18 @@ class FleetLanguage:
         now_s = self._backend.now_s()
         return [one for one in self._backend.members.all() if one.standing(now_s) == "online"]
 
-    def _chosen(self, name: str, tried: set[str]) -> tuple[str, LanguageModel] | None:
+    def _chosen(self, ask: Ask, tried: set[str]) -> tuple[str, LanguageModel] | None:
         """The node to ask next, and the model it has of that name."""
         found: dict[str, LanguageModel] = {}
+        pullers = self.pullers()
         candidates = []
         for member in self._online():
-            model = _model_of(member, name)
+            model = _model_of(member, ask.model)
+            if ask.door == "/api/pull" and (member.node == ask.node or (not ask.node and member.node in pullers)):
+                model = LanguageModel(name=ask.model, engine="ollama", capabilities=())
             beat = member.heartbeat
             is_leaving = member.settled.is_draining or (beat is not None and beat.is_leaving)
-            if model is None or member.node in tried or is_leaving:
+            if model is None or member.node in tried or is_leaving or ask.node not in {"", member.node}:
                 continue
             found[member.node] = model
             candidates.append(self._candidate(member, model))

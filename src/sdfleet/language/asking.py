@@ -23,6 +23,8 @@ Door = Literal[
     "/api/embed",
     "/api/embeddings",
     "/api/transcribe",
+    "/api/pull",
+    "/api/delete",
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
@@ -30,6 +32,8 @@ Door = Literal[
 ]
 Capability = Literal["completion", "tools", "vision", "thinking", "insert", "embedding", "transcription"]
 
+# Having models come and go: what an Ollama can, and whoever asks has said yes to.
+MANAGING: frozenset[Door] = frozenset({"/api/pull", "/api/delete"})
 SPEECH: frozenset[Door] = frozenset({"/api/transcribe", "/v1/audio/transcriptions"})
 EMBEDDING: frozenset[Door] = frozenset({"/api/embed", "/api/embeddings", "/v1/embeddings"})
 
@@ -77,18 +81,19 @@ class Sound:
 class Ask:
     """One request. body: its JSON object, or the fields of its form, as they came; prompts are in it, so never shown.
 
-    model: as the caller calls it.
+    model: as the caller calls it. node: the only one that is meant; "" where any will do.
     """
 
     door: Door
     model: str
     body: Mapping[str, object] = field(repr=False)
     sound: Sound | None = None
+    node: str = ""
 
     @property
     def is_stream(self) -> bool:
         """Whether pieces are wanted as they come: Ollama's routes stream unless told not to, OpenAI's only if told."""
-        if self.door in EMBEDDING or self.door == "/api/transcribe":
+        if self.door in EMBEDDING or self.door in {"/api/transcribe", "/api/delete"}:
             return False
         asked = self.body.get("stream")
         return asked is not False if self.door.startswith("/api/") else asked in {True, "true"}
@@ -141,6 +146,9 @@ class Language(Protocol):
 
     def nodes_with(self, name: str) -> tuple[str, ...]:
         """The nodes that have a model."""
+
+    def pullers(self) -> tuple[str, ...]:
+        """The nodes that are known to be able to have models come and go, "" for this machine."""
 
     def ask(self, ask: Ask) -> AbstractAsyncContextManager[Answer]:
         """The answer, once its first piece is here; leaving the context stops what still goes on.

@@ -43,6 +43,10 @@ class OllamaEngine:
             raise UpstreamRefused(
                 f"{model.name} does not write down what is said", hint="see /api/tags for one that does"
             )
+        if ask.door == "/api/delete":
+            await self.server.delete(ask.door, {"model": model.name})
+            yield b"{}"
+            return
         body = {**ask.body, "model": model.name}
         if not ask.is_stream:
             yield await self.server.whole(ask.door, body, sound=ask.sound)
@@ -54,16 +58,6 @@ class OllamaEngine:
 
     async def close(self) -> None:
         await self.server.close()
-
-    async def pull(self, name: str) -> AsyncGenerator[bytes]:
-        """Have it download a model; its lines. Raises as `Server.lines`."""
-        async with aclosing(_lines(self.server, "/api/pull", {"model": name, "stream": True}, last=b"success")) as told:
-            async for line in told:
-                yield line
-
-    async def delete(self, name: str) -> None:
-        """Have it delete a model. Raises as `Server.delete`."""
-        await self.server.delete("/api/delete", {"model": name})
 
     async def _capabilities_of(self, one: Mapping[str, Any]) -> tuple[str, ...]:
         key = (str(one.get("name")), str(one.get("digest")))
@@ -79,10 +73,8 @@ class OllamaEngine:
         return self._capabilities[key]
 
 
-async def _lines(
-    server: Server, path: str, body: Mapping[str, object], *, last: bytes = b'"done":true'
-) -> AsyncGenerator[bytes]:
-    line = b""
+async def _lines(server: Server, path: str, body: Mapping[str, object]) -> AsyncGenerator[bytes]:
+    line, last = b"", b'"success"' if path == "/api/pull" else b'"done":true'
     async with aclosing(server.lines(path, body)) as lines:
         async for line in lines:
             if line.startswith(b'{"error"'):

@@ -17,6 +17,7 @@ from typing import Self
 from sdfleet.errors import Busy, ModelNotFound, SdfleetError, UpstreamFailed
 from sdfleet.language.asking import (
     EMBEDDING,
+    MANAGING,
     SPEECH,
     Answer,
     Ask,
@@ -26,6 +27,7 @@ from sdfleet.language.asking import (
     same_name,
     with_first,
 )
+from sdfleet.language.ollama import OllamaEngine
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,9 @@ class Shelf:
     def nodes_with(self, name: str) -> tuple[str, ...]:
         return ()
 
+    def pullers(self) -> tuple[str, ...]:
+        return ("",) if any(isinstance(place.engine, OllamaEngine) for place in self._places) else ()
+
     def faults(self) -> tuple[str, ...]:
         """Why engines could not say what they have."""
         return tuple(place.fault for place in self._places if place.fault)
@@ -113,7 +118,7 @@ class Shelf:
     @asynccontextmanager
     async def ask(self, ask: Ask) -> AsyncIterator[Answer]:
         places = self._candidates(ask)
-        if not places and self._places:
+        if not places and self._places and ask.door not in MANAGING:
             await self.look(at_most_s_ago=LOOK_AGAIN_S)  # it may have come a moment ago
             places = self._candidates(ask)
         fault: SdfleetError = not_found(ask.model)
@@ -131,13 +136,20 @@ class Shelf:
                         continue
                     async with aclosing(with_first(first, pieces)) as all_pieces:
                         yield Answer(node="", model=model, pieces=all_pieces, n_retries=n_retries)
+                    if ask.door in MANAGING:
+                        await self.look()
                     return
         raise fault
 
     def _candidates(self, ask: Ask) -> list[tuple[_Place, LanguageModel]]:
         wanted = "transcription" if ask.door in SPEECH else "embedding" if ask.door in EMBEDDING else "completion"
+        if ask.door == "/api/pull":
+            coming = LanguageModel(name=ask.model, engine="ollama", capabilities=())
+            return [(place, coming) for place in self._places if isinstance(place.engine, OllamaEngine)]
         found = []
         for place in self._places:
+            if ask.door == "/api/delete" and not isinstance(place.engine, OllamaEngine):
+                continue
             for model in place.models:
                 if same_name(ask.model, model.name):
                     load = place.n_running.get(model.name, 0) / max(1, model.slots)
