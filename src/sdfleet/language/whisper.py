@@ -53,6 +53,7 @@ class WhisperEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._loaded: Path | None = None
         self._leaves: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Future[int]] = set()
 
     async def models(self) -> tuple[LanguageModel, ...]:
         if find_spec("faster_whisper") is None:
@@ -87,6 +88,8 @@ class WhisperEngine:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     async def _lines(self, folder: Path, sound: bytes, options: Mapping[str, object]) -> AsyncGenerator[dict[str, Any]]:
         """What the process says of one recording, to its end; leaving before stops it after its next segment."""
@@ -173,9 +176,12 @@ class WhisperEngine:
 
     def _leave(self) -> None:
         """The process ends with its input."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process, self._loaded = None, None
+        process, self._process, self._loaded = self._process, None, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            ending = asyncio.ensure_future(process.wait())
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
 
 def _found(folder: Path) -> dict[str, tuple[Path, int]]:
