@@ -152,7 +152,7 @@ def test_another_servers_speech_is_passed_through_in_both_shapes(machine: Runnin
             await shelf.look()
             for door in ("/api/transcribe", "/v1/audio/transcriptions"):
                 body = {"model": "tiny-whisper", "language": "en"}
-                async with shelf.ask(Ask(door=door, model="tiny-whisper", body=body, sound=SOUND)) as answer:  # type: ignore[arg-type]
+                async with shelf.ask(Ask(door=door, model="tiny-whisper", body=body, sound=SOUND)) as answer:
                     told = json.loads(b"".join([piece async for piece in answer.pieces]))
                 assert set(told) == ({"text", "language"} if door.startswith("/api") else {"text"})
 

@@ -128,6 +128,12 @@ class FleetLanguage:
         exact = next((model for model in models if model.name == name), None)
         return exact or next((model for model in models if same_name(name, model.name)), None)
 
+    def running(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for (_, name), n in self._n_running.items():
+            found[name] = found.get(name, 0) + n
+        return found
+
     def nodes_with(self, name: str) -> tuple[str, ...]:
         return tuple(member.node for member in self._online() if _model_of(member, name) is not None)
 

@@ -144,6 +144,9 @@ class Language(Protocol):
     def find(self, name: str) -> LanguageModel | None:
         """The model that is meant by a name, with or without `:latest`."""
 
+    def running(self) -> Mapping[str, int]:
+        """How many answers are under way for each model in use."""
+
     def nodes_with(self, name: str) -> tuple[str, ...]:
         """The nodes that have a model."""
 

@@ -93,7 +93,7 @@ def _model(one: Mapping[str, Any], beside: Mapping[str, Any], *, slots: int) -> 
     status = one.get("status")
     value = status.get("value") if isinstance(status, dict) else one.get("state")
     created = one.get("created")
-    details = {
+    details: dict[str, object] = {
         "parent_model": "",
         "format": "gguf" if facts else "",
         "family": "",

@@ -74,7 +74,7 @@ def _written_down(
     from faster_whisper.audio import decode_audio
 
     try:
-        with av.open(io.BytesIO(sound)) as container:
+        with av.open(io.BytesIO(sound), "r") as container:
             hours = (container.duration or 0) / av.time_base / 3600
         if hours > MAX_HOURS:
             yield _fault("upstream_refused", f"the recording is {hours:.1f} hours long, more than {MAX_HOURS:g}")
