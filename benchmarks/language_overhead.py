@@ -27,13 +27,17 @@ from tests.language.streaming_upstream import streaming_upstream
 
 def main() -> None:
     args = _arguments()
-    with streaming_upstream() as direct, tempfile.TemporaryDirectory() as folder, _fleet(Path(folder), direct) as fleet:
-        with running(Path(folder) / "machine", language_urls=direct) as machine:
-            _wait(machine.url)
-            urls = {"direct": direct, "machine": machine.url, "router": fleet.url}
-            print("streams  way      p50 ms   p95 ms   p99 ms  p50 above direct  whole")
-            for n_streams in args.streams:
-                _measure(urls, n_streams, args)
+    with (
+        streaming_upstream() as direct,
+        tempfile.TemporaryDirectory() as folder,
+        _fleet(Path(folder), direct) as fleet,
+        running(Path(folder) / "machine", language_urls=direct) as machine,
+    ):
+        _wait(machine.url)
+        urls = {"direct": direct, "machine": machine.url, "router": fleet.url}
+        print("streams  way      p50 ms   p95 ms   p99 ms  p50 above direct  whole")
+        for n_streams in args.streams:
+            _measure(urls, n_streams, args)
 
 
 def _measure(urls: dict[str, str], n_streams: int, args: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ from sdfleet.fleet.language_messages import (
     WantRest,
     pack_ask,
     subject_of,
+    unpack_said,
 )
 from sdfleet.fleet.members import Member
 from sdfleet.fleet.messages import BlobPart, BrokenMessage, inbox_of, node_of, pack, unpack
@@ -244,7 +245,8 @@ class FleetLanguage:
 
     async def _on_said(self, message: Incoming) -> None:
         try:
-            node, said = node_of(message.subject), unpack(Said, message.data)
+            req = message.subject.rpartition(".")[2]
+            node, said = node_of(message.subject), unpack_said(req, message.data)
         except BrokenMessage as exc:
             log.warning("a message makes no sense", extra={"subject": message.subject[:80], "why": str(exc)[:200]})
             return

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
-from sdfleet.fleet.messages import BrokenMessage
+from sdfleet.fleet.messages import VERSION, BrokenMessage, pack, unpack
 from sdfleet.language.asking import EMBEDDING, SPEECH, Ask, Door, LanguageModel, Sound
 
 # One message of an answer. The control connection carries heartbeats too; with the window, 256 KiB wait before them.
@@ -37,6 +37,7 @@ ROUTER_SILENT_S = 15.0
 MAX_ASK_BYTES = 2**29
 
 _LENGTH = struct.Struct(">I")
+_PLAIN = struct.Struct(">BBQ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,31 @@ def subject_of(door: Door) -> str:
     ('chat', 'embed', 'stt')
     """
     return "stt" if door in SPEECH else "embed" if door in EMBEDDING else "chat"
+
+
+def pack_said(said: Said) -> bytes:
+    """The payload of a part. One that carries nothing but data is 10 bytes and that data: there is one for each token.
+
+    The other form begins with the length of a header, whose first byte is 0.
+
+    >>> pack_said(Said(req="r", seq=7, data=b"x"))[:10].hex()
+    '01000000000000000007'
+    """
+    if said.model is None and said.error is None:
+        flags = said.is_asking | said.is_end << 1
+        return _PLAIN.pack(VERSION, flags, said.seq) + said.data
+    return pack(said)
+
+
+def unpack_said(req: str, payload: bytes) -> Said:
+    """The inverse of `pack_said`. req: the last part of the subject. Raises BrokenMessage."""
+    if payload[:1] != bytes([VERSION]):
+        return unpack(Said, payload)
+    if not _PLAIN.size <= len(payload) <= _PLAIN.size + PIECE_BYTES:
+        raise BrokenMessage(f"a part of {len(payload)} bytes")
+    _, flags, seq = _PLAIN.unpack_from(payload)
+    data = payload[_PLAIN.size :]
+    return Said(req=req, seq=seq, data=data, is_asking=bool(flags & 1), is_end=bool(flags & 2))
 
 
 def pack_ask(ask: Ask) -> bytes:

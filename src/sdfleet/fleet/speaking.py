@@ -24,6 +24,7 @@ from sdfleet.fleet.language_messages import (
     Said,
     Talk,
     WantRest,
+    pack_said,
     unpack_ask,
 )
 from sdfleet.fleet.messages import BlobPart, BrokenMessage, pack, unpack, up
@@ -239,7 +240,7 @@ class Speaker:
         )  # fmt: skip
         one.seq += 1
         with suppress(StoreUnavailable):  # the router sees the gap
-            await self._control.publish(up(self._node, f"tok.{one.req}"), pack(said))
+            await self._control.publish(up(self._node, f"tok.{one.req}"), pack_said(said))
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
