@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.catalog.store import Catalog
 from sdfleet.compose.house import House, ground
+from sdfleet.compose.machine import hub
 from sdfleet.compose.routing import Lines, fleet_house
 from sdfleet.domain import Job
 from sdfleet.fleet.keys import NKey
@@ -54,12 +56,12 @@ class RouterInMemory:
             for name in self.names:
                 code = roster.make_code((PLACE,))
                 (enrolled,) = roster.enrol_by_code(code.id, (NKey.new().public,), name)
-                await stack.enter_async_context(self._node(enrolled, settings.home / f"home-of-{name}"))
+                await stack.enter_async_context(self._node(enrolled, settings, settings.home / f"home-of-{name}"))
             async with ground(settings) as here, fleet_house(here, roster, lines, job_body=job_body) as house:
                 yield house
 
     @asynccontextmanager
-    async def _node(self, enrolled: Enrolled, home: Path) -> AsyncIterator[None]:
+    async def _node(self, enrolled: Enrolled, settings: Settings, home: Path) -> AsyncIterator[None]:
         backend = self.backends[enrolled.node] = FakeBackend()
         catalog = Catalog(home / "models")
         engines = self._language.get(enrolled.node, list)()
@@ -70,7 +72,7 @@ class RouterInMemory:
             )
             control, bulk = self.broker.connect(enrolled.node), self.broker.connect(enrolled.node)
             self.buses[enrolled.node] = control, bulk
-            spool, stock = Spool(home / "spool"), Stock(catalog, runtime)
+            spool, stock = Spool(home / "spool"), Stock(catalog, runtime, hub=partial(hub, settings))
             speaker = Speaker(enrolled.node, control=control, bulk=bulk, language=shelf) if engines else None
             node = Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock, speaker=speaker)
             task = asyncio.ensure_future(node.run())

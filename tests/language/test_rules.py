@@ -50,12 +50,14 @@ def test_a_body_that_is_no_request_is_refused_in_the_callers_shape(house: Runnin
 
 def test_no_word_of_a_prompt_or_an_answer_is_in_the_log(house: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="sdfleet")
-    for path, more in (
-        ("/api/chat", {}),
-        ("/v1/chat/completions", {"top_p": "bad"}),
-        ("/api/embed", {"input": "secret"}),
-    ):
-        httpx2.post(f"{house.url}{path}", json={"model": "tiny", "messages": HELLO, **more, "stream": False})
+    asked: dict[str, dict[str, object]] = {
+        "/api/chat": {"options": {"num_predict": 3}},
+        "/v1/chat/completions": {"top_p": "bad"},
+        "/api/embed": {"input": "secret"},
+    }
+    for path, more in asked.items():
+        body = {"model": "tiny", "messages": HELLO, **more, "stream": False}
+        httpx2.post(f"{house.url}{path}", json=body, timeout=60)
     told = json.dumps([{**record.__dict__, "text": record.getMessage()} for record in caplog.records], default=str)
     assert "sdfleet.api.limits" in told
     assert "secret" not in told

@@ -1,4 +1,4 @@
-"""Ollama's requests as OpenAI's and the answers back: what was asked for and what came are as other programs wrote them."""
+"""Ollama's requests as OpenAI's and the answers back, against answers as other programs write them."""
 
 from __future__ import annotations
 
