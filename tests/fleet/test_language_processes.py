@@ -33,8 +33,8 @@ def fleet(llamas: dict[str, LlamaServer], tmp_path_factory: pytest.TempPathFacto
     tiny_whisper.write(folder / "speech" / "tiny-whisper")
     with real_fleet(folder) as here:
         for name, llama in llamas.items():
-            more = {"SD_SPEECH_MODELS": folder / "speech"} if name == "n2" else {}
-            here.add_node(name, SD_BACKEND="fake", SD_LANGUAGE_URLS=llama.url, **more)
+            speech = folder / "speech" if name == "n2" else ""
+            here.add_node(name, SD_BACKEND="fake", SD_LANGUAGE_URLS=llama.url, SD_SPEECH_MODELS=speech)
         here.wait_for_nodes()
         here.until(lambda: _n_holders(here) == 2, what="both nodes' models")
         yield here
