@@ -130,7 +130,8 @@ class Speaker:
         self._answers[talk.req] = one
         one.task = asyncio.create_task(self._serve(one, talk), name=f"answer {talk.req}")
         one.task.add_done_callback(lambda task: self._done(one, task))
-        self._changed()
+        if len(self._answers) == 1:  # the router itself counts what it has given here; memory it must be told of
+            self._changed()
 
     async def _on_credit(self, message: Incoming) -> None:
         credit = unpack(Credit, message.data)
@@ -247,6 +248,7 @@ class Speaker:
 
     def _done(self, one: _Answering, task: asyncio.Task[None]) -> None:
         self._answers.pop(one.req, None)
-        self._changed()
+        if not self._answers:
+            self._changed()
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("an answer met a fault of ours", exc_info=fault)

@@ -34,16 +34,19 @@ log = logging.getLogger(__name__)
 # How often engines are asked which models they have, and how soon again for a name that none of them is known to have.
 LOOK_EVERY_S = 5.0
 LOOK_AGAIN_S = 1.0
+# A server that computes on every core may be late with its list: "not found" would be wrong, and its fault tells more.
+FORGIVEN_LOOKS = 3
 
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """An engine and what it had when last asked. n_running: answers under way."""
+    """An engine and what it had when last asked. n_running: answers under way. n_failed: looks in vain since."""
 
     engine: Engine
     models: tuple[LanguageModel, ...] = ()
     n_running: dict[str, int] = field(default_factory=dict)
     fault: str = ""
+    n_failed: int = 0
 
 
 class Shelf:
@@ -107,7 +110,7 @@ class Shelf:
         return tuple(place.fault for place in self._places if place.fault)
 
     async def look(self, *, at_most_s_ago: float = 0.0) -> None:
-        """Ask every engine what it has, unless that was done just now. One that cannot be asked has nothing."""
+        """Ask every engine what it has, unless that was done just now; one that is asked in vain again has nothing."""
         async with self._looked:
             now_s = asyncio.get_running_loop().time()
             if now_s - self._looked_s < at_most_s_ago:
@@ -159,11 +162,14 @@ class Shelf:
 
     async def _look_at(self, place: _Place) -> None:
         try:
-            place.models, place.fault = await place.engine.models(), ""
+            place.models, place.fault, place.n_failed = await place.engine.models(), "", 0
         except SdfleetError as exc:
             if not place.fault:
                 log.warning("an engine of language models cannot be asked", extra={"why": str(exc)})
-            place.models, place.fault = (), str(exc)
+            place.fault = str(exc)
+            place.n_failed += 1
+            if place.n_failed >= FORGIVEN_LOOKS:
+                place.models = ()
 
     async def _keep_looking(self) -> None:
         while True:
