@@ -3,6 +3,7 @@
 A turn is what an answer of this model took lately. Ahead of it may be other answers, the loading of a cold model, and
 pictures that the device draws; a cold model that fits in no free memory would push something out, which costs others.
 
+>>> from dataclasses import replace
 >>> warm = Candidate(node="mini", is_warm=True, slots=1, n_running=0, n_bytes=4 << 30, turn_s=8.0)
 >>> cold = Candidate(node="tower", is_warm=False, slots=4, n_running=0, n_bytes=4 << 30, turn_s=2.0)
 >>> choose([warm, cold]).node, choose([replace(warm, n_running=1), cold]).node
@@ -14,9 +15,7 @@ pictures that the device draws; a cold model that fits in no free memory would p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-__all__ = ["Candidate", "choose", "cost_s", "replace"]
+from dataclasses import dataclass
 
 # What a server of one model takes at once when it does not say; Ollama's and llama.cpp's defaults are 1 to 4.
 USUAL_SLOTS = 4
