@@ -218,3 +218,8 @@ def test_a_second_router_waits_until_the_first_has_ended(tmp_path: Path) -> None
 def _node(here: Running, name: str) -> dict[str, Any]:
     nodes: list[dict[str, Any]] = httpx2.get(f"{here.url}/fleet/status").json()["nodes"]
     return next(node for node in nodes if node["node_id"] == name)
+
+
+def test_a_model_of_the_nodes_is_no_fault_of_the_router(router: Running) -> None:
+    told = httpx2.get(f"{router.url}/dashboard/api/health", timeout=60).json()["recommendations"]
+    assert [one for one in told if one["check_id"] == "default-model"] == []

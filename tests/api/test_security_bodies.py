@@ -382,3 +382,24 @@ def test_the_limit_of_pixels_is_the_only_one_a_camera_meets() -> None:
     file = io.BytesIO()
     Image.new("RGB", (6000, 4000)).save(file, "JPEG")
     assert pictures.decode(file.getvalue()).width_px == 6000
+
+
+def test_who_leaves_in_the_middle_of_a_body_is_no_fault_of_the_server(fake_server: Running) -> None:
+    events = iter([
+        {"type": "http.request", "body": b'{"prompt": "a f', "more_body": True}, {"type": "http.disconnect"},
+    ])  # fmt: skip
+    told = []
+
+    async def receive() -> Any:
+        return next(events)
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": "/api/tokens", "raw_path": b"/api/tokens",
+        "query_string": b"", "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1),
+        "headers": [(b"host", b"127.0.0.1")],
+    }  # fmt: skip
+    fake_server.call(fake_server.app(scope, receive, send))
+    assert told[0]["status"] == 499

@@ -16,8 +16,10 @@ from playwright.sync_api import Locator, Page, expect
 
 from sdfleet.api.snapshots import Snapshots
 from sdfleet.errors import OutOfMemory
-from tests.api.serving import Running
+from sdfleet.fleet.keys import NKey
+from tests.api.serving import Running, running
 from tests.catalog.folders import write_sd
+from tests.fleet.houses import RouterInMemory
 from tests.fleet.real_fleet import real_fleet
 from tests.web.browser import NARROW, PATIENCE_MS, WIDE, serious
 
@@ -116,9 +118,10 @@ def test_a_finding_of_the_doctor_comes_with_the_command_that_mends_it(
     here.house.catalog.add(weights, name="toy")
     (weights / "tokenizer/vocab.json").unlink()
     page = visit(f"{here.url}/dashboard", permissions=["clipboard-read", "clipboard-write"])
-    finding = _section(page, "Health").get_by_role("article").first
+    finding = _section(page, "Health").get_by_role("article").filter(has_text="vocab.json").first
     expect(finding).to_contain_text("Fault")
     expect(finding).to_contain_text("tokenizer/vocab.json is missing")
+    assert serious(page) == []
     finding.get_by_role("button", name=re.compile("Copy")).click()
     expect(page.get_by_text("Copied.")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == finding.locator("code").inner_text()
@@ -139,6 +142,7 @@ def test_charts_say_in_words_and_in_a_table_what_they_draw(visit: Visit, server:
     expect(rows).to_have_count(61)
     cells = [rows.nth(i).get_by_role("cell").all_inner_texts() for i in range(57, 61)]
     assert [sum(int(row[i]) for row in cells) for i in range(3)] == [2, 1, 0]
+    assert serious(page) == []
     page.get_by_role("button", name="15 min").click()
     expect(drawing.locator("desc")).to_contain_text("In the last 15 minutes: 2 jobs done")
     expect(rows).to_have_count(31)
@@ -233,6 +237,85 @@ def test_nobody_is_kept_out(visit: Visit, server: Start, viewport: dict[str, int
 
 
 # -------------------------------------------------------------------------------------------------------- a fleet
+
+
+def _asking(here: Running, name: str) -> str:
+    """The code of a machine that asks to join."""
+    code = "1234-5678"
+
+    async def ask() -> None:
+        fleet = here.house.fleet
+        assert fleet is not None
+        waiting = fleet.roster.add_pending((NKey.new().public,), name, "")
+        fleet.roster.show_code(waiting.key, code)
+
+    here.call(ask())
+    return code
+
+
+def test_a_machine_that_asks_is_let_in_and_nodes_are_drained_pinned_and_put_out(visit: Visit, tmp_path: Path) -> None:
+    with running(tmp_path, opens=RouterInMemory("n1", "n2")) as here:
+        _draw(here)
+        page = visit(f"{here.url}/dashboard")
+        nodes = _section(page, "Nodes")
+        expect(nodes.get_by_role("article")).to_have_count(2)
+        code = _asking(here, "attic")
+        expect(nodes.get_by_text(code)).to_be_visible()
+        assert serious(page) == []
+        nodes.get_by_role("button", name="Approve").click()
+        expect(page.get_by_text("attic may join.")).to_be_visible()
+        expect(nodes.get_by_text(code)).to_have_count(0)
+
+        node = nodes.get_by_role("article").filter(has=page.locator(".chip", has_text="starter")).first
+        name = node.get_attribute("aria-label") or ""
+        node = nodes.get_by_role("article", name=name)
+        node.get_by_role("button", name="Keep starter in memory").click()
+        expect(node.get_by_role("button", name="Let starter leave memory")).to_be_visible()
+        node.get_by_role("button", name="Drain").click()
+        expect(node.get_by_text("Draining", exact=True)).to_be_visible()
+        assert serious(page) == []
+        page.get_by_role("button", name="Add a node").click()
+        expect(page.get_by_role("dialog").locator("code")).to_contain_text("sdfleet node --join sdf")
+        assert serious(page) == []
+        page.keyboard.press("Escape")
+        node.get_by_role("button", name="Revoke").click()
+        dialog = page.get_by_role("dialog", name=f"Put {name} out of the fleet?")
+        expect(dialog).to_be_visible()
+        assert serious(page) == []
+        dialog.get_by_role("button", name="Revoke").click()
+        expect(nodes.get_by_role("article", name=name)).to_have_count(0)
+
+
+def test_what_nodes_draw_of_one_model_is_one_queue_that_names_them(visit: Visit, tmp_path: Path) -> None:
+    with running(tmp_path, opens=RouterInMemory("n1", "n2")) as here:
+        _draw(here)
+        (first,) = httpx2.get(f"{here.url}/dashboard/api/image-stats").json()["by_node"]
+        assert httpx2.post(f"{here.url}/fleet/nodes/{first}/drain").status_code == 200
+        _draw(here)
+        _draw(here)
+        page = visit(f"{here.url}/dashboard")
+        rows = _section(page, "Queues").locator("tbody tr")
+        expect(rows).to_have_count(1)
+        expect(rows.get_by_role("cell").nth(2)).to_have_text("3")
+        second = "n2" if first == "n1" else "n1"
+        expect(rows).to_contain_text(f"{first} (1)")
+        expect(rows).to_contain_text(f"{second} (2)")
+
+
+def test_who_may_not_manage_a_fleet_sees_its_nodes_and_no_button_that_would_be_refused(
+    visit: Visit, tmp_path: Path
+) -> None:
+    with running(tmp_path, opens=RouterInMemory("n1"), api_key="secret") as here:
+        _, key = here.call(here.house.keys.create("reader", scopes=("read",)))
+        _asking(here, "attic")
+        page = visit(f"{here.url}/dashboard")
+        page.get_by_label("Key", exact=True).fill(key)
+        page.get_by_role("button", name="Sign in", exact=True).click()
+        nodes = _section(page, "Nodes")
+        expect(nodes.get_by_role("article")).to_have_count(1)
+        expect(page.get_by_role("switch")).to_be_disabled()
+        for name in ("Drain", "Revoke", "Approve", "Add a node"):
+            expect(page.get_by_role("button", name=name)).to_have_count(0)
 
 
 @pytest.mark.slow

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -18,43 +16,14 @@ from tests.api.serving import Running, running
 from tests.catalog.conftest import online
 from tests.catalog.hub_server import serving
 from tests.catalog.hubs import toy_hub
+from tests.web.acting import ask, ask_for, draw, finished, jobs_of, pixels
 from tests.web.browser import NARROW, PATIENCE_MS, WIDE, serious
 
 __all__ = ["online"]
 
-# A busy machine is slow now and then; that is no failure.
-ask = functools.partial(httpx2.request, timeout=60)
 Visit = Callable[..., Page]
 
 expect.set_options(timeout=PATIENCE_MS)
-
-
-def _ask(page: Page, prompt: str) -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Generate", exact=True).click()
-
-
-def _finished(page: Page) -> Any:
-    return page.locator("img.finished")
-
-
-def _draw(here: Running, prompt: str, **more: Any) -> dict[str, Any]:
-    answer = ask("POST", f"{here.url}/api/txt2img", json={"prompt": prompt, **more})
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def _last_job(here: Running) -> dict[str, Any]:
-    # A list of jobs is without their input pictures, and so without what these make of a job.
-    found: dict[str, Any] = ask("GET", f"{here.url}/api/jobs/{_jobs(here)[0]['id']}").json()
-    return found
-
-
-def _jobs(here: Running) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ask("GET", f"{here.url}/api/jobs").json()["jobs"]
-    return found
-
 
 # ------------------------------------------------------------------------------------------------------ making pictures
 
@@ -64,7 +33,7 @@ def test_a_prompt_becomes_a_picture_that_the_gallery_has(visit: Visit, starter_s
     page.get_by_label("Prompt", exact=True).fill("a red circle on a blue background")
     expect(page.locator(".tokens").first).to_contain_text("7/75 tokens")
     page.keyboard.press("Control+Enter")
-    picture = _finished(page)
+    picture = finished(page)
     expect(picture).to_be_visible()
     expect(picture).to_have_js_property("naturalWidth", 128)
     expect(page.locator(".cell img").first).to_have_attribute("alt", "a red circle on a blue background")
@@ -75,12 +44,12 @@ def test_a_prompt_becomes_a_picture_that_the_gallery_has(visit: Visit, starter_s
 def test_previews_and_steps_are_seen_while_it_is_drawn(visit: Visit, starter_server: Running) -> None:
     page = visit(starter_server.url)
     page.get_by_label("Steps", exact=True).fill("400")
-    _ask(page, "a green triangle")
+    ask_for(page, "a green triangle")
     expect(page.get_by_test_id("standing")).to_contain_text("of 400, about")
     expect(page.locator("img.preview")).to_be_visible()
     page.get_by_role("button", name="Cancel", exact=True).click()
     expect(page.get_by_test_id("standing")).to_have_count(0)
-    assert _jobs(starter_server)[0]["state"] == "cancelled"
+    assert jobs_of(starter_server)[0]["state"] == "cancelled"
 
 
 def test_a_changed_setting_is_the_one_that_is_drawn_with(visit: Visit, fake_server: Running) -> None:
@@ -91,9 +60,9 @@ def test_a_changed_setting_is_the_one_that_is_drawn_with(visit: Visit, fake_serv
     page.get_by_label("Sampler").select_option("euler_a")
     page.get_by_label("Seed", exact=True).fill("18446744073709551615")
     page.get_by_label("Negative prompt").fill("blur")
-    _ask(page, "every setting")
-    expect(_finished(page)).to_be_visible()
-    job = _jobs(fake_server)[0]
+    ask_for(page, "every setting")
+    expect(finished(page)).to_be_visible()
+    job = jobs_of(fake_server)[0]
     made = {name: job[name] for name in ("steps", "guidance", "sampler", "seed", "negative_prompt", "width", "height")}
     assert made == {
         "steps": 7, "guidance": 4.5, "sampler": "euler_a", "seed": 2**64 - 1, "negative_prompt": "blur",
@@ -103,25 +72,53 @@ def test_a_changed_setting_is_the_one_that_is_drawn_with(visit: Visit, fake_serv
     expect(page.get_by_label("Seed", exact=True)).to_have_value("18446744073709551615")
 
 
+def test_a_number_that_is_being_typed_stays_while_the_page_hears_of_jobs(visit: Visit, fake_server: Running) -> None:
+    page = visit(fake_server.url)
+    with fake_server.holding() as gate:
+        ask_for(page, "draws while somebody types")
+        gate.wait_for_job()
+        page.get_by_label("Guidance", exact=True).focus()
+        page.keyboard.press("Control+A")
+        page.keyboard.type("4.")
+        gate.let(2)
+        expect(page.get_by_test_id("standing")).to_contain_text("Step 2 of")
+        page.keyboard.type("5")
+        expect(page.get_by_label("Guidance", exact=True)).to_have_value("4.5")
+        gate.let()
+
+
 def test_several_requests_are_under_way_at_once_and_each_can_be_cancelled(visit: Visit, fake_server: Running) -> None:
     page = visit(fake_server.url)
     with fake_server.holding() as gate:
         for prompt in ("one of three", "two of three", "three of three"):
-            _ask(page, prompt)
+            ask_for(page, prompt)
             expect(page.locator(".prompt-line")).to_have_text(prompt)
         expect(page.locator(".queue li")).to_have_count(3)
         page.get_by_role("button", name="Cancel: two of three").click()
         expect(page.locator(".queue li")).to_have_count(2)
         gate.let()
         expect(page.locator(".queue li")).to_have_count(0)
-    states = {job["prompt"]: job["state"] for job in _jobs(fake_server)[:3]}
+    states = {job["prompt"]: job["state"] for job in jobs_of(fake_server)[:3]}
     assert states == {"one of three": "done", "two of three": "cancelled", "three of three": "done"}
+
+
+def test_a_request_that_waits_says_how_many_are_before_it(visit: Visit, server: Callable[..., Running]) -> None:
+    here = server(max_pictures=1)
+    page = visit(here.url)
+    with here.holding() as gate:
+        ask_for(page, "is being drawn")
+        gate.wait_for_job()
+        for prompt, place in (("the first to wait", "Next in line"), ("the second to wait", "1 waiting job before it")):
+            ask_for(page, prompt)
+            expect(page.locator(".queue li").filter(has_text=prompt)).to_contain_text(place)
+        gate.let()
+        expect(page.locator(".queue li")).to_have_count(0)
 
 
 def test_a_reload_during_a_job_finds_it_going_on(visit: Visit, fake_server: Running) -> None:
     page = visit(fake_server.url)
     with fake_server.holding() as gate:
-        _ask(page, "outlives a reload")
+        ask_for(page, "outlives a reload")
         gate.wait_for_job()
         gate.let(2)
         expect(page.get_by_test_id("standing")).to_contain_text("Step 2 of")
@@ -130,7 +127,7 @@ def test_a_reload_during_a_job_finds_it_going_on(visit: Visit, fake_server: Runn
         page.locator(".queue-open").click()
         expect(page.get_by_test_id("standing")).to_contain_text("Step 2 of")
         gate.let()
-        expect(_finished(page)).to_be_visible()
+        expect(finished(page)).to_be_visible()
 
 
 def test_a_server_that_was_lost_is_said_and_found_again(visit: Visit, tmp_path: Path) -> None:
@@ -145,15 +142,15 @@ def test_a_server_that_was_lost_is_said_and_found_again(visit: Visit, tmp_path: 
     with running(tmp_path / "home", listen_on=port) as here:
         expect(page.get_by_text("Trying again; nothing")).to_have_count(0)
         page.locator(".form-foot").get_by_role("button", name="Try again").click()
-        expect(_finished(page)).to_be_visible()
-        assert [job["prompt"] for job in _jobs(here)] == ["asked for while it was away"]
+        expect(finished(page)).to_be_visible()
+        assert [job["prompt"] for job in jobs_of(here)] == ["asked for while it was away"]
 
 
 def test_a_fault_is_told_beside_its_field_and_goes_when_that_is_changed(visit: Visit, fake_server: Running) -> None:
     page = visit(fake_server.url)
     page.get_by_label("Width in pixels").fill("500")
     page.get_by_label("Width in pixels").press("Tab")
-    _ask(page, "an odd size")
+    ask_for(page, "an odd size")
     told = page.locator("#size-told")
     expect(told).to_contain_text("500 px is not a multiple of 8: use 496 or 504")
     page.get_by_role("button", name="1:1").click()
@@ -179,187 +176,6 @@ def test_what_a_model_ignores_is_off_and_says_why(visit: Visit, tmp_path: Path) 
         expect(page.get_by_label("Steps", exact=True)).to_have_value("4")
 
 
-# ---------------------------------------------------------------------------------------------------- pictures as input
-
-
-def test_the_brush_says_what_is_drawn_anew(visit: Visit, starter_server: Running) -> None:
-    first = _draw(starter_server, "a red circle on a blue background", seed=3)
-    page = visit(starter_server.url)
-    page.locator(".cell").first.click()
-    page.get_by_role("button", name="Redraw a part").click()
-    board = page.locator(".mask-board canvas")
-    box = board.bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.15)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.15, steps=8)
-    page.mouse.up()
-    page.get_by_role("button", name="Keep the mask").click()
-    expect(page.locator(".thumb .mask")).to_be_visible()
-    _ask(page, "a yellow square on a blue background")
-    expect(page.locator(".facts-list")).to_contain_text("Change")
-    job = _last_job(starter_server)
-    assert (job["task"], job["state"]) == ("inpaint", "done")
-    before, after = (
-        _pixels(base64.b64decode(first["images"][0]["b64_json"])),
-        _pixels(ask("GET", starter_server.url + job["outputs"][0]["url"]).content),
-    )
-    # Below the stroke the picture is as it was, but for the rounding of its way through the VAE.
-    changed = [abs(a - b) for a, b in zip(before[128 * 64 * 3 :], after[128 * 64 * 3 :], strict=True)]
-    assert sum(changed) / len(changed) < 3
-
-
-def _pixels(data: bytes) -> bytes:
-    from sdfleet.storage.pictures import decode
-
-    return decode(data).data
-
-
-def test_a_dropped_and_a_pasted_picture_become_the_input(visit: Visit, fake_server: Running) -> None:
-    picture = _draw(fake_server, "to be dropped", seed=11)["images"][0]["b64_json"]
-    page = visit(fake_server.url)
-    page.evaluate(
-        """([b64, name, selector, kind]) => {
-            const bytes = Uint8Array.from(atob(b64), (c) => c.charCodeAt(0));
-            const data = new DataTransfer();
-            data.items.add(new File([bytes], name, {type: "image/png"}));
-            const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
-                : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
-            document.querySelector(selector).dispatchEvent(event);
-        }""",
-        [picture, "dropped.png", ".drop", "drop"],
-    )
-    expect(page.get_by_alt_text("Input picture dropped.png")).to_be_visible()
-    # "Like this one", from what the file itself says.
-    page.get_by_role("button", name="Use this picture's own settings").click()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value("to be dropped")
-    expect(page.get_by_label("Seed", exact=True)).to_have_value("11")
-    page.get_by_label("How much may change", exact=True).fill("0.4")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    expect(_finished(page)).to_be_visible()
-    assert _last_job(fake_server)["task"] == "img2img"
-
-
-# ---------------------------------------------------------------------------------------------------------- the gallery
-
-
-def test_a_picture_is_found_kept_compared_and_deleted(visit: Visit, server: Callable[..., Running]) -> None:
-    here = server()
-    for prompt in ("a Blue Whale", "a red fox", "a grey mouse"):
-        _draw(here, prompt)
-    page = visit(here.url)
-    expect(page.locator(".cell")).to_have_count(3)
-    page.get_by_label("Search prompts").fill("blue wh")
-    expect(page.locator(".cell")).to_have_count(1)
-    page.locator(".cell").click()
-    page.get_by_role("button", name="Make it a favourite").click()
-    expect(page.get_by_role("button", name="No favourite any more")).to_be_visible()
-    page.get_by_label("Search prompts").fill("")
-    expect(page.locator(".cell")).to_have_count(3)
-    page.get_by_role("button", name="Only favourites").click()
-    expect(page.locator(".cell")).to_have_count(1)
-    page.get_by_role("button", name="Only favourites").click()
-    expect(page.locator(".cell")).to_have_count(3)
-
-    page.get_by_role("button", name="Compare with another picture").click()
-    page.locator(".cell").first.click()
-    compare = page.get_by_role("dialog", name="Compare")
-    expect(compare.locator("img")).to_have_count(2)
-    page.keyboard.press("Escape")
-    expect(compare).to_have_count(0)
-
-    page.get_by_role("button", name="Delete", exact=True).click()
-    page.get_by_role("button", name="Delete for good").click()
-    expect(page.locator(".cell")).to_have_count(2)
-    page.reload()
-    expect(page.locator(".cell")).to_have_count(2)
-
-
-def test_like_this_one_takes_over_how_a_picture_was_made(visit: Visit, fake_server: Running) -> None:
-    _draw(fake_server, "made with care", negative_prompt="haste", steps=9, guidance=2.5, seed=2**63, sampler="heun")
-    page = visit(fake_server.url)
-    page.locator(".cell").first.click()
-    page.get_by_role("button", name="Like this one").click()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value("made with care")
-    expect(page.get_by_label("Negative prompt")).to_have_value("haste")
-    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(2**63))
-    expect(page.get_by_label("Sampler")).to_have_value("heun")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    expect(page.locator(".facts-list")).to_contain_text(str(2**63))
-    first, second = (job["outputs"][0]["id"] for job in _jobs(fake_server)[:2])
-    again = [ask("GET", f"{fake_server.url}/api/outputs/{one}").content for one in (first, second)]
-    assert _pixels(again[0]) == _pixels(again[1])
-
-
-def test_the_history_tells_of_failures_and_tries_again(visit: Visit, fake_server: Running) -> None:
-    page = visit(fake_server.url)
-    with fake_server.holding():
-        _ask(page, "to be given up")
-        page.get_by_role("button", name="Cancel", exact=True).click()
-        page.get_by_role("tab", name="History").click()
-        row = page.locator(".history li").filter(has_text="to be given up")
-        expect(row).to_contain_text("cancelled")
-
-
-def test_ten_thousand_pictures_scroll_with_only_those_in_sight(visit: Visit, server: Callable[..., Running]) -> None:
-    here = server()
-    _draw(here, "one of very many")
-    _multiply(here, n=10_000)
-    page = visit(here.url)
-    panel = page.locator("#gallery-panel")
-    expect(page.locator(".cell").first).to_be_visible()
-    most = 0
-    for _ in range(80):
-        panel.evaluate("(element) => element.scrollTo(0, element.scrollHeight)")
-        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        most = max(most, page.locator(".cell").count())
-        if "and more" not in (page.locator(".sheet").get_attribute("aria-label") or ""):
-            break
-        page.wait_for_function(
-            "(n) => document.querySelector('.sheet').getAttribute('aria-label') !== n",
-            arg=page.locator(".sheet").get_attribute("aria-label"),
-        )
-    expect(page.locator(".sheet")).to_have_attribute("aria-label", "10,000 pictures")
-    panel.evaluate("(element) => element.scrollTo(0, element.scrollHeight)")
-    expect(page.locator("[data-index='9999']")).to_be_visible()
-    assert most < 120
-    # Frames while it is scrolled through from end to end: the page itself takes next to nothing of each.
-    worst_ms = page.evaluate(
-        """async () => {
-            const panel = document.querySelector("#gallery-panel");
-            const took = [];
-            for (let i = 0; i < 60; i += 1) {
-                panel.scrollTo(0, (panel.scrollHeight * i) / 60);
-                await new Promise((done) => requestAnimationFrame(done));
-                const begun = performance.now();
-                await new Promise((done) => requestAnimationFrame(done));
-                took.push(performance.now() - begun);
-            }
-            return took.sort((a, b) => a - b)[Math.floor(took.length / 2)];
-        }"""
-    )
-    assert worst_ms < 100
-
-
-def _multiply(here: Running, *, n: int) -> None:
-    """Rows and files of so many more pictures, all of them the one that is there."""
-    from dataclasses import replace
-
-    from sqlalchemy import insert
-
-    from sdfleet.domain import OutputId
-    from sdfleet.storage import job_rows
-    from sdfleet.storage.tables import outputs
-
-    (output,), _ = here.call(here.house.store.outputs())
-    source = here.house.files.path(output)
-    copies = [replace(output, id=OutputId(f"copy{i:06d}-0")) for i in range(n - 1)]
-    for copy in copies:
-        os.link(source, here.house.files.path(copy))
-    rows = [job_rows.output_row(copy, owner="local") for copy in copies]  # type: ignore[arg-type]
-    here.call(here.house.store._database.write(lambda connection: connection.execute(insert(outputs), rows).rowcount))
-
-
 # --------------------------------------------------------------------------------------------------------------- models
 
 
@@ -382,9 +198,9 @@ def test_a_model_is_downloaded_after_its_plan_got_a_yes(visit: Visit, online: No
         dialog.get_by_role("button", name="Yes, download").click()
         expect(page.get_by_text("toy is here.")).to_be_visible()
         expect(page.get_by_label("Model", exact=True)).to_have_value("toy")
-        _ask(page, "drawn with it")
-        expect(_finished(page)).to_be_visible()
-        assert _jobs(here)[0]["model"] == "toy"
+        ask_for(page, "drawn with it")
+        expect(finished(page)).to_be_visible()
+        assert jobs_of(here)[0]["model"] == "toy"
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
@@ -394,14 +210,14 @@ def test_with_a_key_one_signs_in_and_the_key_stays_nowhere(visit: Visit, server:
     here = server(api_key="a secret of many words")
     page = visit(here.url)
     expect(page.get_by_role("heading", name="This server wants a key")).to_be_visible()
-    page.get_by_label("Key").fill("a guess")
+    page.get_by_label("Key", exact=True).fill("a guess")
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("alert")).to_contain_text("the key is not known here")
-    page.get_by_label("Key").fill("a secret of many words")
+    page.get_by_label("Key", exact=True).fill("a secret of many words")
     page.get_by_role("button", name="Sign in").click()
-    _ask(page, "behind a key")
-    expect(_finished(page)).to_be_visible()
-    expect(_finished(page)).not_to_have_js_property("naturalWidth", 0)
+    ask_for(page, "behind a key")
+    expect(finished(page)).to_be_visible()
+    expect(finished(page)).not_to_have_js_property("naturalWidth", 0)
     (cookie,) = page.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
     kept = page.evaluate(
@@ -419,7 +235,7 @@ def test_a_key_that_may_only_look_makes_no_pictures(visit: Visit, server: Callab
     _, secret = here.call(here.house.keys.create("viewer", scopes=("read",)))
     page = visit(here.url)
     expect(page.get_by_role("heading", name="This server wants a key")).to_be_visible()
-    page.get_by_label("Key").fill(secret)
+    page.get_by_label("Key", exact=True).fill(secret)
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_text("Your key may look, but not make pictures.")).to_be_visible()
     expect(page.get_by_role("button", name="Generate", exact=True)).to_be_disabled()
@@ -432,9 +248,6 @@ def test_a_key_that_may_only_look_makes_no_pictures(visit: Visit, server: Callab
 def test_the_request_can_be_taken_along_as_code_that_works(
     visit: Visit, fake_server: Running, kind: str, tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     page = visit(fake_server.url)
     page.get_by_label("Prompt", exact=True).fill('it\'s "quoted" \\ and $HOME')
     page.get_by_label("Seed", exact=True).fill("5")
@@ -455,33 +268,62 @@ def test_the_request_can_be_taken_along_as_code_that_works(
                 timeout=60,
             )
             (tmp_path / "picture.png").write_bytes(answer.content)
-    assert _pixels((tmp_path / "picture.png").read_bytes())
-    job = _jobs(fake_server)[0]
+    assert pixels((tmp_path / "picture.png").read_bytes())
+    job = jobs_of(fake_server)[0]
     assert (job["prompt"], job["seed"]) == ('it\'s "quoted" \\ and $HOME', 5)
 
 
+@pytest.mark.parametrize("kind", ["curl", "Python"])
+def test_code_with_a_picture_is_copied_whole_and_takes_the_key_from_its_variable(
+    visit: Visit, server: Callable[..., Running], kind: str, tmp_path: Path
+) -> None:
+    here = server(api_key="a secret of many words")
+    headers = {"Authorization": "Bearer a secret of many words"}
+    ask("POST", f"{here.url}/api/txt2img", json={"prompt": "the first"}, headers=headers).raise_for_status()
+    page = visit(here.url, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Key", exact=True).fill("a secret of many words")
+    page.get_by_role("button", name="Sign in").click()
+    page.locator(".cell").first.click()
+    page.get_by_role("button", name="Use as input").click()
+    expect(page.locator(".input-picture img")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("another 'one'")
+    page.locator(".form-foot").get_by_role("button", name="Copy as curl, Python or JSON").click()
+    page.get_by_role("button", name=kind, exact=True).click()
+    expect(page.get_by_text("shortened here and copied whole")).to_be_visible()
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_text(f"Copied as {kind}.")).to_be_visible()
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert "secret" not in code
+    command = ["bash", "-c", code] if kind == "curl" else [sys.executable, "-c", code]
+    with_key = {**os.environ, "SD_API_KEY": "a secret of many words"}  # noqa: TID251 - set for a child
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=with_key)
+    assert pixels((tmp_path / "picture.png").read_bytes())
+    job = ask("GET", f"{here.url}/api/jobs", headers=headers).json()["jobs"][0]
+    assert job["prompt"] == "another 'one'"
+
+
 def test_on_a_phone_nothing_is_wider_than_the_screen(visit: Visit, fake_server: Running) -> None:
-    _draw(fake_server, "seen on a phone, with a prompt that is a good deal longer than any phone is wide")
+    draw(fake_server, "seen on a phone, with a prompt that is a good deal longer than any phone is wide")
     page = visit(fake_server.url, viewport=NARROW, has_touch=True)
     page.locator(".cell").first.click()
-    expect(_finished(page)).to_be_visible()
+    expect(finished(page)).to_be_visible()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= NARROW["width"]
 
 
 def test_the_page_is_used_with_the_keyboard_alone(visit: Visit, fake_server: Running) -> None:
     for prompt in ("older", "newer"):
-        _draw(fake_server, prompt)
+        draw(fake_server, prompt)
     page = visit(fake_server.url)
     expect(page.locator(".cell").first).to_be_visible()
     page.locator(".cell").first.focus()
     page.keyboard.press("Enter")
-    expect(_finished(page)).to_have_attribute("alt", "newer")
+    expect(finished(page)).to_have_attribute("alt", "newer")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    expect(_finished(page)).to_have_attribute("alt", "older")
+    expect(finished(page)).to_have_attribute("alt", "older")
     page.locator("#main").focus()
     page.keyboard.press("ArrowLeft")
-    expect(_finished(page)).to_have_attribute("alt", "newer")
+    expect(finished(page)).to_have_attribute("alt", "newer")
 
 
 def test_the_first_load_is_small(visit: Visit, fake_server: Running) -> None:
@@ -497,7 +339,8 @@ def test_the_first_load_is_small(visit: Visit, fake_server: Running) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: str, viewport: dict[str, int]) -> None:
-    _draw(fake_server, "looked at by a checker", negative_prompt="blur")
+    for prompt in ("looked at by a checker", "another one"):
+        draw(fake_server, prompt, negative_prompt="blur")
     page = visit(fake_server.url, color_scheme=scheme, viewport=viewport)
     expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
     found = {"empty": serious(page)}
@@ -508,6 +351,7 @@ def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: s
     expect(page.locator(".mask-board canvas")).to_be_visible()
     found["mask"] = serious(page)
     page.get_by_role("button", name="Keep the mask").click()
+    found["input"] = serious(page)
     page.get_by_role("button", name="Copy as curl, Python or JSON").first.click()
     expect(page.locator("pre.code")).to_be_visible()
     found["code"] = serious(page)
@@ -515,14 +359,37 @@ def test_no_view_keeps_anybody_out(visit: Visit, fake_server: Running, scheme: s
     page.get_by_role("button", name="More models").click()
     expect(page.locator(".model-row").first).to_be_visible()
     found["models"] = serious(page)
+    page.locator(".model-row", has_text="sd15").get_by_role("button", name="Download").click()
+    pull = page.get_by_role("dialog", name="Download sd15")
+    expect(pull.locator(".fault, .facts-list").first).to_be_visible()
+    found["pull"] = serious(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Compare with another picture").click()
+    page.locator(".cell").nth(1).click()
+    expect(page.get_by_role("dialog", name="Compare").locator("dd").last).to_be_visible()
+    found["compare"] = serious(page)
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="History").click()
     expect(page.locator(".history li").first).to_be_visible()
     found["history"] = serious(page)
+    page.get_by_label("Search requests").fill("nothing has these words")
+    expect(page.get_by_text("Nothing found.")).to_be_visible()
+    found["nothing"] = serious(page)
+    with fake_server.holding():
+        ask_for(page, "being drawn")
+        expect(page.get_by_test_id("standing")).to_be_visible()
+        found["drawing"] = serious(page)
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        expect(page.get_by_test_id("standing")).to_have_count(0)
     assert {view: faults for view, faults in found.items() if faults} == {}
 
 
-def test_the_sign_in_keeps_nobody_out(visit: Visit, server: Callable[..., Running]) -> None:
-    page = visit(server(api_key="a secret of many words").url)
-    expect(page.get_by_label("Key")).to_be_focused()
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_sign_in_keeps_nobody_out(
+    visit: Visit, server: Callable[..., Running], scheme: str, viewport: dict[str, int]
+) -> None:
+    page = visit(server(api_key="a secret of many words").url, color_scheme=scheme, viewport=viewport)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
+    expect(page.get_by_label("Key", exact=True)).to_be_focused()
     assert serious(page) == []

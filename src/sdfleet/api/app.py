@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sdfleet import __version__, compose
@@ -121,6 +121,7 @@ def create_app(settings: Settings, *, opens: Opens = compose.server) -> FastAPI:
             RequestValidationError: _answer_fault,
             HTTPException: _answer_fault,
             ClientLeft: _answer_nobody,
+            ClientDisconnect: _answer_nobody,
         },
         openapi_url="/openapi.json",
         docs_url=None,

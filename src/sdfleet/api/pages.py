@@ -91,7 +91,7 @@ async def dashboard() -> Response:
 @router.get("/static/{version}/{name:path}", response_class=Response, responses=AS_FILE)
 async def static(request: Request, version: str, name: str) -> Response:
     """A file of the page."""
-    here = await asyncio.to_thread(web)
+    here = await _web()
     file = here.files.get(name)
     if file is None:
         raise NotFound(f"the page has no file {name[:80]!r}", hint="load the page again")
@@ -109,8 +109,8 @@ async def static(request: Request, version: str, name: str) -> Response:
 
 async def page(name: Literal["studio", "dashboard"]) -> Response:
     """The HTML of one of the two pages."""
-    here = await asyncio.to_thread(web)
-    text = await asyncio.to_thread(_html)
+    here = await _web()
+    text = _html()
     headers = {
         **_SAFE,
         "Content-Security-Policy": POLICY,
@@ -120,6 +120,14 @@ async def page(name: Literal["studio", "dashboard"]) -> Response:
     }
     filled = text.replace("{static}", f"/static/{here.version}").replace("{page}", name)
     return Response(filled, media_type=HTML, headers=headers)
+
+
+async def _web() -> Web:
+    """The files; of a thread only the first time, so that the page comes also while all threads are busy."""
+    if not web.cache_info().currsize:
+        await asyncio.to_thread(web)
+        await asyncio.to_thread(_html)
+    return web()
 
 
 def wants_page(request: Request) -> bool:

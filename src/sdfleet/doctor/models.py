@@ -48,6 +48,11 @@ def default_model(machine: Machine) -> Finding:
     if entry.is_built_in and machine.settings.model == "starter":
         return ok("the built-in model is drawn with where none is named")
     if not entry.folder.is_dir():
+        # Not at the top: a server of one machine loads nothing of a fleet.
+        from sdfleet.fleet.catalog import FLEET
+
+        if entry.folder.parent == FLEET:
+            return ok(f"{entry.card.name} is drawn with, by the nodes, where no model is named")
         return fault(f"the folder of {entry.card.name} is gone: {entry.folder}", "sdfleet models list")
     return ok(f"{entry.card.name} is drawn with where no model is named")
 

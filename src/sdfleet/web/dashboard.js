@@ -56,7 +56,7 @@ export default function Dashboard() {
     <${Tiles} now=${now} series=${series} window_=${window_} />
     <${Health} health=${health} />
     ${now && html`<${Nodes} nodes=${now.nodes} jobs=${now.jobs ?? []} rights=${rights} pending=${pendingOf(pending)} onAsk=${askPending} />
-      <${Queues} queues=${queues} />`}
+      <${Queues} queues=${queues} nodes=${now.nodes} />`}
     <section aria-labelledby="time-title"><div class="section-head"><h2 id="time-title">${words.overTime}</h2>
       <div class="segments" role="group" aria-label=${words.window}>${WINDOWS.map((name) => html`<button type="button" key=${name}
         aria-pressed=${String(window_ === name)} onClick=${() => setWindow(name)}>${words.windows[name]}</button>`)}</div></div>
@@ -181,31 +181,37 @@ function Finding({ one }) {
     <p>${one.description}</p>${one.fix && html`<p class="small quiet-text">${words.mends}</p><${Command} command=${one.fix} />`}</article>`;
 }
 
+const COUNTS = ["pending", "in_flight", "completed", "failed"];
+
 /** One line for each model: what waits in a fleet waits at the router, and is nobody's yet. */
-function byModel(queues) {
+function byModel(queues, nodes) {
+  const nameOf = new Map(nodes.map((node) => [node.node_id, node.name || node.node_id]));
   const lines = new Map();
   for (const queue of queues) {
     const key = `${queue.request_type}:${queue.model}`;
-    const line = lines.get(key) ?? { ...queue, key, nodes: [], pending: 0, in_flight: 0, completed: 0, failed: 0 };
-    for (const count of ["pending", "in_flight", "completed", "failed"]) line[count] += queue[count];
-    if (queue.completed) line.nodes.push(`${queue.node_id} ${queue.completed}`);
+    const line = lines.get(key) ?? { key, kind: queue.request_type, model: queue.model.replace(/:latest$/, ""), drawnBy: [], totalMs: 0, ...Object.fromEntries(COUNTS.map((count) => [count, 0])) };
+    for (const count of COUNTS) line[count] += queue[count];
+    if (queue.completed) {
+      line.drawnBy.push(words.drewSoMany(nameOf.get(queue.node_id) ?? queue.node_id, queue.completed));
+      line.totalMs += queue.completed * queue.avg_latency_ms;
+    }
     lines.set(key, line);
   }
-  return [...lines.values()];
+  return [...lines.values()].sort((a, b) => (a.model < b.model ? -1 : 1));
 }
 
-function Queues({ queues }) {
-  const lines = byModel(queues);
+function Queues({ queues, nodes }) {
+  const lines = byModel(queues, nodes);
   return html`<section aria-labelledby="queues-title"><div class="section-head"><h2 id="queues-title">${words.queues}</h2><span class="small quiet-text">${words.queuesHint}</span></div>
     <div class="card table-wrap" tabindex="0" role="group" aria-labelledby="queues-title">
     ${lines.length === 0 ? html`<p class="empty">${words.noQueues}</p>` : html`<table class="table"><thead><tr><th scope="col">${words.model}</th>
       <th scope="col" class="num">${words.waiting}</th><th scope="col" class="num">${words.states.running}</th><th scope="col" class="num">${words.done}</th>
       <th scope="col" class="num">${words.failed}</th><th scope="col" class="minor">${words.drawnBy}</th><th scope="col" class="num minor">${words.average}</th></tr></thead>
       <tbody>${lines.map((line) => html`<tr key=${line.key}>
-        <th scope="row"><span class="queue-name"><${Badge} kind="accent">${words.kinds[line.request_type] ?? `[${line.request_type.toUpperCase()}]`}<//>${line.model.replace(/:latest$/, "")}</span></th>
+        <th scope="row"><span class="queue-name"><${Badge} kind="accent">${words.kinds[line.kind] ?? `[${line.kind.toUpperCase()}]`}<//>${line.model}</span></th>
         <td class="num">${line.pending}</td><td class="num">${line.in_flight}</td><td class="num">${line.completed}</td>
-        <td class=${`num ${line.failed ? "is-bad" : ""}`}>${line.failed}</td><td class="minor">${line.nodes.join(", ")}</td>
-        <td class="num minor">${line.completed ? span(line.avg_latency_ms) : "–"}</td></tr>`)}</tbody></table>`}
+        <td class=${`num ${line.failed ? "is-bad" : ""}`}>${line.failed}</td><td class="minor">${line.drawnBy.join(", ") || "–"}</td>
+        <td class="num minor">${line.completed ? span(line.totalMs / line.completed) : "–"}</td></tr>`)}</tbody></table>`}
     </div></section>`;
 }
 

@@ -79,10 +79,11 @@ function Node({ node, jobs, rights }) {
   </article>`;
 }
 
+/** How much of something is used. With words of its own for that, being full is no reason to worry. */
 function Meter({ label, used, total, told }) {
   const share = Math.min(1, Math.max(0, used / total));
   return html`<div class="meter-row"><span class="small quiet-text">${label}</span>
-    <meter min="0" max="1" low="0.85" high="0.95" optimum="0" value=${share} aria-label=${label}>${Math.round(share * 100)} %</meter>
+    <meter min="0" max="1" ...${told ? {} : { low: 0.85, high: 0.95, optimum: 0 }} value=${share} aria-label=${label}>${Math.round(share * 100)} %</meter>
     <span class="small num">${told ?? words.used(gib(used), gib(total))}</span></div>`;
 }
 

@@ -101,10 +101,10 @@ function Compare({ pair: [left, right] }) {
       <div class="compare-line" style=${{ left: `${share}%` }}></div>
       <input type="range" min="0" max="100" step="0.5" value=${share} aria-label=${t.compareSlider} onInput=${(event) => setShare(Number(event.target.value))} />
     </div>
-    <div class="compare-facts">${made.map((one, i) => html`<dl key=${i} class="facts-list num">${one && t.facts(one, [left, right][i]).map(([name, value], at) => {
+    <div class="compare-facts">${made.map((one, i) => html`<div key=${i}><p class="clamp"><b>${t.compareSides[i]}</b> ${one?.prompt ?? ""}</p><dl class="facts-list num">${one && t.facts(one, [left, right][i]).map(([name, value], at) => {
       const other = made[1 - i] ? t.facts(made[1 - i], [left, right][1 - i])[at]?.[1] : value;
       return html`<div key=${name} class=${other === value ? "" : "differs"}><dt>${name}</dt><dd>${value}</dd></div>`;
-    })}</dl>`)}</div><//>`;
+    })}</dl></div>`)}</div><//>`;
 }
 
 function useMade(output) {
@@ -119,13 +119,14 @@ const KINDS = ["curl", "Python", "JSON"];
 
 function Code({ body }) {
   const [kind, setKind] = useState("curl");
+  const needsKey = session.get().who?.needs_key ?? false;
   const shown = { ...body };
-  // A picture is megabytes of base64: its place is marked instead.
-  for (const name of ["image", "mask"]) if (shown[name]) shown[name] = t.base64Of(name);
-  const code = codeOf(kind, shown, session.get().who?.needs_key ?? false);
-  return html`<${Dialog} title=${t.codeTitle} onClose=${close} foot=${html`<${Button} kind="primary" icon="copy" onClick=${() => copyText(code, t.codeCopied(kind))}>${text.copy}<//>`}>
+  // A picture is megabytes of base64: it is copied whole, and shown short.
+  for (const name of ["image", "mask"]) if (shown[name]) shown[name] = `${shown[name].slice(0, 40)}…`;
+  return html`<${Dialog} title=${t.codeTitle} onClose=${close} foot=${html`<${Button} kind="primary" icon="copy" onClick=${() => copyText(codeOf(kind, body, needsKey), t.codeCopied(kind))}>${text.copy}<//>`}>
     <div class="row" role="group" aria-label=${t.codeKind}>${KINDS.map((name) => html`<${Button} key=${name} class="small" pressed=${kind === name} onClick=${() => setKind(name)}>${name}<//>`)}</div>
-    <pre class="code" tabindex="0" aria-label=${t.codeTitle}>${code}</pre><//>`;
+    <pre class="code" tabindex="0" aria-label=${t.codeTitle}>${codeOf(kind, shown, needsKey)}</pre>
+    ${body.image && html`<p class="hint">${t.codeShortened}</p>`}${needsKey && kind !== "JSON" && html`<p class="hint">${t.codeKey}</p>`}<//>`;
 }
 
 function codeOf(kind, body, needsKey) {
@@ -134,7 +135,7 @@ function codeOf(kind, body, needsKey) {
   if (kind === "JSON") return json;
   if (kind === "curl") {
     const key = needsKey ? ' \\\n  -H "Authorization: Bearer $SD_API_KEY"' : "";
-    return `curl ${url} -o picture.png \\\n  -H "Accept: image/png" -H "Content-Type: application/json"${key} \\\n  -d '${json.replaceAll("'", "'\\''")}'`;
+    return `curl ${url} -o picture.png \\\n  -H "Accept: image/png" -H "Content-Type: application/json"${key} \\\n  -d @- <<'JSON'\n${json}\nJSON`;
   }
   const key = needsKey ? '\n        "Authorization": "Bearer " + os.environ["SD_API_KEY"],' : "";
   return `import json${needsKey ? ", os" : ""}, urllib.request

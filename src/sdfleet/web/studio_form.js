@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { may } from "./app.js";
 import { text } from "./text.js";
-import { Badge, Button, Fault, Field, Icon, html, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
+import { Badge, Button, Fault, Field, Icon, NumberInput, html, toast, toastError, useEffect, useRef, useState, useStore } from "./ui.js";
 import { bodyOf, cardOf, FORM, fill, generate, likeThis, sizeOf, studio, usePicture } from "./studio_state.js";
 
 const t = text.studio;
@@ -18,7 +18,7 @@ export function Form() {
   const why = (name) => (ignored.has(name) ? t.ignored[name](card.title) : "");
   const guidance = form.guidance ?? card?.guidance ?? 0;
   const [tokens, tokenFault] = useTokens(form, card);
-  usePasted();
+  usePictures();
 
   const submit = (event) => {
     event.preventDefault();
@@ -32,7 +32,7 @@ export function Form() {
     <div class="form-scroll">
       ${fault && html`<${Fault} error=${fault} />`}
       <${Field} id="prompt" label=${t.prompt} error=${errors.prompt ?? tokenFault.prompt} aside=${html`<${Tokens} counts=${tokens.prompt} />`}>
-        ${(ids) => html`<textarea ...${ids} class="textarea prompt" rows="4" placeholder=${t.promptPlaceholder}
+        ${(ids) => html`<textarea ...${ids} class="textarea prompt" rows="3" placeholder=${t.promptPlaceholder}
           value=${form.prompt} onInput=${(event) => fill({ prompt: event.target.value })} />`}<//>
       <${Field} label=${t.negative} why=${why("negative_prompt")} error=${errors.negative ?? tokenFault.negative_prompt}
         hint=${form.negative.trim() && guidance <= 1 ? t.negativeNoEffect : ""}
@@ -46,9 +46,9 @@ export function Form() {
         <${Slider} label=${t.guidance} name="guidance" min=${0} max=${Math.max(15, form.guidance ?? 0)} step=${0.5} value=${form.guidance} fallback=${card.guidance}
           why=${why("guidance")} error=${errors.guidance} />
       </div>
-      <div class="pair">
+      <div class="pair wide-first">
         <${Field} label=${t.sampler} error=${errors.sampler}>
-          ${(ids) => html`<select ...${ids} class="select" value=${form.sampler} onChange=${(event) => fill({ sampler: event.target.value })}>
+          ${(ids) => html`<select ...${ids} class="select" value=${form.sampler} title=${labelOf(state, form.sampler || card.sampler)} onChange=${(event) => fill({ sampler: event.target.value })}>
             <option value="">${t.samplerOfModel(labelOf(state, card.sampler))}</option>
             ${state.samplers.map(({ name, label }) => html`<option key=${name} value=${name}>${label}</option>`)}
           </select>`}<//>
@@ -63,12 +63,12 @@ export function Form() {
     <div class="form-foot">
       ${errors.form && html`<${Fault} error=${errors.form}><${FormActs} error=${errors.form} card=${card} /><//>`}
       <div class="row">
-        <button type="submit" class="button primary grow big" disabled=${isSending || !card || !may("generate")}>
+        <button type="submit" class="button primary grow big" title=${t.shortcut} aria-keyshortcuts="Control+Enter" disabled=${isSending || !card || !may("generate")}>
           <${Icon} name="wand" />${isSending ? t.sending : form.n > 1 ? t.generateMany(form.n) : t.generate}</button>
         <${Button} icon="copy" label=${t.copyAsCode} onClick=${() => studio.set({ dialog: { kind: "code", body: bodyOf(studio.get()) } })} />
         <${Button} icon="again" label=${t.reset} onClick=${() => fill({ ...FORM, prompt: form.prompt, model: form.model })} />
       </div>
-      <p class="hint">${may("generate") ? t.shortcut : t.mayNotGenerate}</p>
+      ${!may("generate") && html`<p class="hint">${t.mayNotGenerate}</p>`}
     </div>
   </form>`;
 }
@@ -133,7 +133,7 @@ function Model({ state, card }) {
 function Size({ form, card, error }) {
   const [width, height] = form.ratio === "own" ? [form.width, form.height]
     : form.ratio === "image" && form.image ? [form.image.width, form.image.height] : sizeOf(card, form.ratio === "image" ? "1:1" : form.ratio);
-  const side = (name, value) => fill({ ratio: "own", width, height, [name]: Number(value) || null });
+  const side = (name) => (px) => fill({ ratio: "own", width, height, [name]: px });
   const ratios = form.image ? ["image", ...RATIOS] : RATIOS;
   const isOdd = [width, height].some((px) => px && px % card.multiple);
   const isResized = card.resizes && [width, height].some((px) => px < card.min_side || px > card.max_side);
@@ -144,9 +144,9 @@ function Size({ form, card, error }) {
         onClick=${() => fill({ ratio, width: null, height: null })}>
         ${ratio === "image" ? html`<${Icon} name="image" />` : html`<${Shape} ratio=${ratio} />`}<span>${ratio === "image" ? t.asImage : ratio}</span></button>`)}</div>
     <div class="row sides">
-      <input class="input num" type="number" inputmode="numeric" aria-label=${t.width} min="16" max="4096" step=${card.multiple} value=${width} onChange=${(event) => side("width", event.target.value)} />
+      <${NumberInput} inputmode="numeric" aria-label=${t.width} min="16" max="4096" step=${card.multiple} value=${width} onNumber=${side("width")} />
       <${Button} kind="quiet" icon="swap" label=${t.swap} onClick=${() => fill({ ratio: "own", width: height, height: width })} />
-      <input class="input num" type="number" inputmode="numeric" aria-label=${t.height} min="16" max="4096" step=${card.multiple} value=${height} onChange=${(event) => side("height", event.target.value)} />
+      <${NumberInput} inputmode="numeric" aria-label=${t.height} min="16" max="4096" step=${card.multiple} value=${height} onNumber=${side("height")} />
     </div>
     <p class=${error ? "told error" : "told"} id="size-told">${told}</p>
   </fieldset>`;
@@ -163,13 +163,10 @@ function Shape({ ratio }) {
 /** A number by slider or by typing; empty means the model's own. */
 function Slider({ label, name, min, max, step, value, fallback, why, error }) {
   const shown = value ?? fallback;
-  const set = (event) => {
-    const number = event.target.value === "" ? null : Number(event.target.value);
-    fill({ [name]: number === null && name === "n" ? 1 : number });
-  };
+  const set = (number) => fill({ [name]: number === null && name === "n" ? 1 : number });
   return html`<${Field} label=${label} why=${why} error=${error}>${(ids) => html`<div class="slider">
-    <input type="range" min=${min} max=${max} step=${step} value=${shown} disabled=${ids.disabled} aria-label=${t.slider(label)} onInput=${set} />
-    <input ...${ids} class="input num" type="number" inputmode="decimal" min=${min} step=${step === 1 ? 1 : "any"} value=${shown} onChange=${set} /></div>`}<//>`;
+    <input type="range" min=${min} max=${max} step=${step} value=${shown} disabled=${ids.disabled} aria-label=${t.slider(label)} onInput=${(event) => set(Number(event.target.value))} />
+    <${NumberInput} ...${ids} inputmode="decimal" min=${min} step=${step === 1 ? 1 : "any"} value=${shown} onNumber=${set} /></div>`}<//>`;
 }
 
 function Seed({ form, error }) {
@@ -229,17 +226,26 @@ function Input({ form, why, whyMask, card, errors }) {
   </div>`;
 }
 
-/** A picture that is pasted anywhere on the page becomes the input. */
-function usePasted() {
+/** A picture that is pasted or dropped anywhere on the page becomes the input; no file that is dropped replaces the page. */
+function usePictures() {
   useEffect(() => {
-    const onPaste = (event) => {
-      const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-      const card = cardOf(studio.get());
-      if (!file || card?.ignores.includes("image")) return;
+    const take = (event, files, name) => {
+      const file = [...(files ?? [])].find((one) => one.type.startsWith("image/"));
+      if (!file || event.defaultPrevented) return;
       event.preventDefault();
-      usePicture(file, t.pasted).catch(toastError);
+      const card = cardOf(studio.get());
+      if (card?.ignores.includes("image")) toast(t.ignored.image(card.title));
+      else usePicture(file, name ?? file.name).catch(toastError);
     };
-    addEventListener("paste", onPaste);
-    return () => removeEventListener("paste", onPaste);
+    const listened = {
+      paste: (event) => take(event, event.clipboardData?.files, t.pasted),
+      dragover: (event) => event.dataTransfer?.types.includes("Files") && event.preventDefault(),
+      drop: (event) => {
+        take(event, event.dataTransfer?.files);
+        if (event.dataTransfer?.files.length) event.preventDefault();
+      },
+    };
+    for (const [name, listener] of Object.entries(listened)) addEventListener(name, listener);
+    return () => { for (const [name, listener] of Object.entries(listened)) removeEventListener(name, listener); };
   }, []);
 }

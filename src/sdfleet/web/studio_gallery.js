@@ -7,7 +7,9 @@ import { Badge, Button, Fault, Icon, createStore, html, useEffect, useLayoutEffe
 import { changes, likeThis, retry, show, studio } from "./studio_state.js";
 
 const t = text.studio;
-const PAGE = 200;
+// The first page is on the screen soon; the following ones are few, for who scrolls far.
+const FIRST = 100;
+const PAGE = 500;
 const CELL_MIN_PX = 118;
 const GAP_PX = 6;
 const SEARCH_AFTER_MS = 250;
@@ -18,7 +20,7 @@ const gallery = createStore({ outputs: [], next: null, isWhole: false, isBusy: f
 let asking = null;
 
 function queryOf({ search, favourites }, more = {}) {
-  const query = new URLSearchParams({ limit: PAGE, ...more });
+  const query = new URLSearchParams({ limit: FIRST, ...more });
   if (search) query.set("search", search);
   if (favourites) query.set("favourites", "true");
   return `/api/outputs?${query}`;
@@ -54,13 +56,21 @@ async function more() {
   const mine = (asking = new AbortController());
   gallery.set({ isBusy: true });
   try {
-    const page = await call(queryOf(gallery.get(), { before: next }), { signal: mine.signal });
+    const page = await call(queryOf(gallery.get(), { before: next, limit: PAGE }), { signal: mine.signal });
     gallery.set(({ outputs }) => {
       const known = new Set(outputs.map((output) => output.id));
       return { outputs: [...outputs, ...page.outputs.filter((output) => !known.has(output.id))], next: page.next, isWhole: page.next === null, isBusy: false, fault: null };
     });
   } catch (fault) {
     if (!mine.signal.aborted) gallery.set({ fault, isBusy: false });
+  }
+}
+
+/** All pages, one after the other. */
+async function all() {
+  while (!gallery.get().isWhole && !gallery.get().fault) {
+    if (gallery.get().isBusy) await new Promise((done) => { const stop = gallery.subscribe(({ isBusy }) => { if (!isBusy) { stop(); done(); } }); });
+    else await more();
   }
 }
 
@@ -145,21 +155,37 @@ function Grid({ outputs, isWhole, isBusy }) {
   }, [pitch]);
 
   useEffect(() => {
-    if (!isWhole && !isBusy && view.to * columns > outputs.length - PAGE / 2) more();
+    if (!isWhole && !isBusy && view.to * columns > outputs.length - FIRST) more();
   }, [view.to, columns, outputs.length, isWhole, isBusy]);
 
   const first = Math.min(view.from, rows) * columns;
   const inSight = outputs.slice(first, view.to * columns);
-  const onKeyDown = (event) => {
+  // A cell far away is in the page only after the sheet was scrolled there.
+  const goTo = (index) => {
+    const cell = () => sheet.current?.querySelector(`[data-index="${index}"]`);
+    if (!cell()) {
+      const panel = sheet.current.closest(".gallery-panel");
+      const frame = panel.scrollHeight > panel.clientHeight ? panel : document.scrollingElement;
+      const top = sheet.current.getBoundingClientRect().top - (frame === panel ? panel.getBoundingClientRect().top : 0);
+      frame.scrollTop += top + Math.floor(index / columns) * pitch - frame.clientHeight / 2;
+    }
+    // The cells are drawn in the frame after the one that sees the scrolling.
+    const focus = (nLeft) => {
+      if (!cell()) return void (nLeft && requestAnimationFrame(() => focus(nLeft - 1)));
+      cell().focus();
+      cell().scrollIntoView({ block: "nearest" });
+    };
+    focus(10);
+  };
+  const onKeyDown = async (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-    if (!by) return;
+    if (!by && event.key !== "Home" && event.key !== "End") return;
     event.preventDefault();
     event.stopPropagation();
-    const to = Number(event.target.dataset.index) + by;
-    if (to < 0 || to >= outputs.length) return;
-    const there = sheet.current.querySelector(`[data-index="${to}"]`);
-    there?.focus();
-    there?.scrollIntoView({ block: "nearest" });
+    if (event.key === "End") await all();
+    const n = gallery.get().outputs.length - studio.get().removed.size;
+    const to = by ? Number(event.target.dataset.index) + by : event.key === "Home" ? 0 : n - 1;
+    if (to >= 0 && to < n) goTo(to);
   };
   return html`<ul class="sheet" ref=${sheet} style=${{ height: `${rows * pitch}px` }} onKeyDown=${onKeyDown} aria-label=${t.picturesLabel(outputs.length, isWhole)}>
     ${inSight.map((output, i) => {
@@ -195,7 +221,7 @@ function History() {
         ${may("generate") && job.state === "failed" && html`<${Button} kind="quiet" class="small" icon="again" label=${t.tryAgain} onClick=${() => retry(job.id)} />`}
         <${Button} kind="quiet" class="small" icon="wand" label=${t.like} onClick=${() => likeThis({ ...job, source: "sdfleet", strength: null, seed: String(job.seed) })} /></div>
       <p class="clamp">${job.prompt}</p>
-      ${job.error && html`<p class="told error">${job.error.message}${job.error.hint ? html` <span class="hint">${job.error.hint}</span>` : ""}</p>`}
+      ${job.state === "failed" && job.error && html`<p class="told error">${job.error.message}${job.error.hint ? html` <span class="hint">${job.error.hint}</span>` : ""}</p>`}
       ${job.outputs.length > 0 && html`<div class="row minis">${job.outputs.slice(0, 6).map((output) => html`<button type="button" class="cell mini" key=${output.id} onClick=${() => show(output)}>
         <img src=${output.thumbnail_url} alt=${t.pictureAlt(output.seed)} loading="lazy" /></button>`)}</div>`}
     </li>`)}</ul>

@@ -62,10 +62,16 @@ function Queue({ jobs, focus, previews }) {
   </li>`)}</ul>`;
 }
 
+/** Several pictures in as square a sheet as they make. */
+function sheetOf(n) {
+  const columns = Math.ceil(Math.sqrt(n));
+  return { gridTemplateColumns: `repeat(${columns}, minmax(0, 1fr))`, "--rows": Math.ceil(n / columns) };
+}
+
 function Making({ job, previews }) {
   const places = Array.from({ length: job.n }, (_, index) => previews?.[index] ?? null);
   return html`<div class="card viewer">
-    <div class=${`canvas ${job.n > 1 ? "several" : ""}`}>${places.map((url, index) => html`<div key=${index} class=${`frame ${url ? "" : "waiting"}`} style=${{ aspectRatio: `${job.width} / ${job.height}` }}>
+    <div class=${`canvas ${job.n > 1 ? "several" : ""}`} style=${job.n > 1 ? sheetOf(job.n) : {}}>${places.map((url, index) => html`<div key=${index} class=${`frame ${url ? "" : "waiting"}`} style=${{ aspectRatio: `${job.width} / ${job.height}` }}>
       ${url ? html`<img class="preview" src=${url} alt=${t.previewAlt(index + 1)} />` : html`<${Icon} name="image" />`}</div>`)}</div>
     <div class="viewer-foot">
       <${Progress} share=${job.state === "queued" ? undefined : shareOf(job)} label=${t.progress} />
@@ -111,15 +117,16 @@ function Picture({ output }) {
     </div>
     <figcaption class="viewer-foot">
       <div class="row actions" role="group" aria-label=${t.actions}>
-        <${Button} icon="star" filled=${picture.favourite} pressed=${picture.favourite} disabled=${!isOwner} label=${picture.favourite ? t.unmark : t.mark} onClick=${() => mark(picture)} />
-        <${Button} icon="wand" disabled=${!made || made.source === "none"} onClick=${() => likeThis(made)}>${t.like}<//>
+                <${Button} icon="wand" disabled=${!made || made.source === "none"} onClick=${() => likeThis(made)}>${t.like}<//>
         <${Button} icon="image" onClick=${() => take()}>${t.useAsInput}<//>
         <${Button} icon="brush" onClick=${() => take(() => studio.set({ dialog: { kind: "mask" } }))}>${t.inpaint}<//>
+        <span class="actions-end">
+        <${Button} icon="star" filled=${picture.favourite} pressed=${picture.favourite} disabled=${!isOwner} label=${picture.favourite ? t.unmark : t.mark} onClick=${() => mark(picture)} />
         <${Button} icon="compare" label=${t.compare} pressed=${false} onClick=${() => studio.set({ comparing: output })} />
         <a class="button plain icon-only" href=${output.url} download=${`${output.id}.${output.format === "jpeg" ? "jpg" : output.format}`} aria-label=${t.download} title=${t.download}><${Icon} name="download" /></a>
         <${Button} icon="copy" label=${t.copyAsCode} disabled=${!made || made.source === "none"} onClick=${() => studio.set({ dialog: { kind: "code", body: bodyFrom(made) } })} />
         <${Button} kind=${isSure ? "danger" : "plain"} icon="trash" label=${isSure ? undefined : t.delete} disabled=${!isOwner}
-          onClick=${() => (isSure ? remove(output) : setSure(true))}>${isSure ? t.deleteSure : undefined}<//>
+          onClick=${() => (isSure ? remove(output) : setSure(true))}>${isSure ? t.deleteSure : undefined}<//></span>
       </div>
       ${made && made.source !== "none" && html`<p class="prompt-line">${made.prompt}</p>
         ${made.negative_prompt && html`<p class="quiet-text small prompt-line">${t.negativeShort} ${made.negative_prompt}</p>`}

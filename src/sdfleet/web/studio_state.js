@@ -84,12 +84,12 @@ export function bodyOf(state) {
     const [width, height] = sizeOf(card, form.ratio);
     Object.assign(body, { width, height });
   }
-  if (form.steps) body.steps = form.steps;
+  if (form.steps !== null) body.steps = form.steps;
   if (form.guidance !== null && !ignored.has("guidance")) body.guidance = form.guidance;
   if (form.sampler) body.sampler = form.sampler;
   // As text: a seed may be longer than a number here is exact.
   if (form.seed !== "") body.seed = form.seed;
-  if (form.n > 1) body.n = form.n;
+  if (form.n !== 1) body.n = form.n;
   if (form.loras.length) body.loras = form.loras;
   if (form.image && !ignored.has("image")) {
     body.image = form.image.url;
@@ -129,6 +129,7 @@ export async function generate() {
     const job = await call("/api/jobs", { method: "POST", body, headers: { "Idempotency-Key": pressed.key } });
     pressed = null;
     studio.set(({ jobs }) => ({ jobs: [...jobs.filter((one) => one.id !== job.id), job], focus: job.id, shown: null }));
+    bringIntoView(".stage");
     // Not waited for: the button is free again at once. A fault of it is told at the top of the page.
     look().catch(() => {});
   } catch (fault) {
@@ -168,6 +169,15 @@ export function dismiss(id) {
   studio.set(({ ended }) => ({ ended: ended.filter((one) => one.id !== id) }));
 }
 
+/** Where the columns stand one under the other, what somebody has just asked for may be far from what they pressed. */
+function bringIntoView(selector, block = "start") {
+  requestAnimationFrame(() => {
+    const there = document.querySelector(selector);
+    const { top, bottom } = there.getBoundingClientRect();
+    if (block === "nearest" || top < 0 || top > innerHeight / 2 || bottom < 0) there.scrollIntoView({ block, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+  });
+}
+
 /** Show a picture on the stage. */
 export function show(output) {
   const { comparing } = studio.get();
@@ -176,6 +186,7 @@ export function show(output) {
     return;
   }
   studio.set({ shown: output, focus: output ? null : studio.get().focus });
+  bringIntoView(".stage");
 }
 
 /** Keep a picture as a favourite, or not any more. */
@@ -222,7 +233,9 @@ export function likeThis(found, { keepsSeed = true } = {}) {
     sampler: found.sampler ?? "", seed: keepsSeed && found.seed !== null ? found.seed : "", isSeedKept: keepsSeed && found.seed !== null,
     n: 1, strength: found.strength, loras: found.loras.map(({ text_scale, ...rest }) => (text_scale === null ? rest : { ...rest, text_scale })),
   });
-  toast(isHere || !found.model ? text.studio.likeDone : text.studio.likeOtherModel(found.model), { kind: "good" });
+  const hint = ["img2img", "inpaint"].includes(found.task) && !studio.get().form.image ? text.studio.likeInputMissing : "";
+  toast(isHere || !found.model ? text.studio.likeDone : text.studio.likeOtherModel(found.model), { kind: "good", hint });
+  bringIntoView(".form");
 }
 
 /** A picture for the form: from a file, the clipboard, or the gallery. Raises ApiError for what is no picture. */
@@ -241,6 +254,7 @@ export async function usePicture(blob, name) {
     throw new ApiError({ message: text.studio.notReadable(name), hint: text.studio.notReadableHint });
   }
   fill({ image: { url, name, width: image.naturalWidth, height: image.naturalHeight }, mask: null, ratio: "image" });
+  bringIntoView(".input-picture", "nearest");
 }
 
 /** Models and samplers, asked until they are known. */

@@ -88,6 +88,17 @@ export function Field({ label, hint, why, error, aside, id: own, class: extra = 
   </div>`;
 }
 
+/** A number to type. What is being typed stays as it is, whatever is drawn again meanwhile; onNumber(number or null). */
+export function NumberInput({ value, onNumber, ...rest }) {
+  const [draft, setDraft] = useState(null);
+  const onInput = (event) => {
+    const typed = event.target.value;
+    setDraft(typed);
+    onNumber(typed === "" ? null : Number(typed));
+  };
+  return html`<input ...${rest} class="input num" type="number" value=${draft ?? value ?? ""} onInput=${onInput} onBlur=${() => setDraft(null)} />`;
+}
+
 /** kind: "plain", "good", "warn", "bad" or "accent". */
 export function Badge({ kind = "plain", children }) {
   return html`<span class=${`badge ${kind}`}>${children}</span>`;
