@@ -66,6 +66,22 @@ def test_nothing_is_learnt_from_a_job_without_time_or_work() -> None:
     assert predictor.draw_s(A, "x", units=10.0) == pytest.approx(30.0)
 
 
+def test_a_first_picture_after_a_load_makes_no_device_look_slow() -> None:
+    predictor = Predictor()
+    learn(predictor, A, "x", spent_s=3.0)
+    predictor.learn(B, "x", units=10.0, n_pictures=1, spent_s=30.0, is_cold=True)
+    assert predictor.draw_s(B, "x", units=10.0) < 6.0
+    predictor.learn(A, "x", units=10.0, n_pictures=1, spent_s=30.0, is_cold=True)
+    assert predictor.draw_s(A, "x", units=10.0) == pytest.approx(3.0)
+
+
+def test_a_device_that_loads_for_every_picture_is_known_by_those() -> None:
+    predictor = Predictor()
+    for _ in range(6):
+        predictor.learn(A, "x", units=10.0, n_pictures=1, spent_s=30.0, is_cold=True)
+    assert predictor.draw_s(A, "x", units=10.0) == pytest.approx(30.0)
+
+
 def test_neighbours_do_not_make_a_device_look_slow() -> None:
     predictor = Predictor()
     predictor.note_curve(A, "x", {1: 0.2, 2: 0.3})

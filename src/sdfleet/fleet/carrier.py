@@ -363,6 +363,7 @@ class Carrier:
         self._predictor.learn(
             DeviceId(node), model, units=waiting.units, n_pictures=drawing.n_images,
             spent_s=timings.get("total", 0.0) - load_s, mean_pictures=max(mean, float(drawing.n_images)),
+            is_cold=load_s > 0,
         )  # fmt: skip
 
 

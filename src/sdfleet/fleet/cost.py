@@ -35,6 +35,8 @@ _NEWEST_WEIGHT = 0.2
 _FIRST_LOAD_BYTES_PER_S = 0.5e9
 # A load whose bytes are not known: a model of 5 GB from that disk.
 _FIRST_LOAD_S = 10.0
+# So many jobs right after a load are not counted where nothing else is known of the model there.
+_MOST_COLD = 2
 # What one more picture in a batch saves while nothing was measured: below the half from which it pays to join equals.
 _FIRST_SHARED = 0.3
 # No step is free for a second picture; also keeps a bad fit from promising it.
@@ -148,6 +150,7 @@ class Predictor:
         self._slowness: dict[DeviceId, _Term] = {}
         self._weight: dict[str, _Term] = {}
         self._pairs: dict[tuple[DeviceId, str], _Pair] = {}
+        self._n_cold: dict[tuple[DeviceId, str], int] = {}
         self._loads: dict[tuple[DeviceId, str], float] = {}
         self._load_bytes_per_s: dict[DeviceId, float] = {}
         self._curves: dict[tuple[DeviceId, str], Curve] = {}
@@ -172,17 +175,24 @@ class Predictor:
         n_pictures: int,
         spent_s: float,
         mean_pictures: float | None = None,
+        is_cold: bool = False,
     ) -> float:
         """Take in a finished job; gives the seconds it was predicted to take.
 
         units: of all its pictures together. spent_s: from first to last step, without the load. mean_pictures: how
         many pictures the device drew meanwhile on the mean, its own among them; None: only its own.
+        is_cold: it was the first after a load, when caches are empty and kernels are not compiled. Believed for slow, a
+        device gets nothing that could show it is not; so such a job counts only if there are no others.
         Nothing is learnt from a job of no work or no time.
         """
         stretch = self.curve(device_id, model).stretch(max(float(n_pictures), mean_pictures or 0.0))
         predicted_s = units / n_pictures * self.unit_s(device_id, model) * stretch
         if not (units > 0 and spent_s > 0 and math.isfinite(spent_s)):
             return predicted_s
+        if is_cold:
+            n_cold = self._n_cold[device_id, model] = self._n_cold.get((device_id, model), 0) + 1
+            if n_cold <= _MOST_COLD or (device_id, model) in self._pairs:
+                return predicted_s
         self._note_error(device_id, math.log(spent_s / predicted_s))
         log = math.log(spent_s * n_pictures / (units * stretch))
         device, weight = self._device(device_id), self._model(model)
@@ -279,6 +289,7 @@ class Predictor:
         self._load_bytes_per_s.pop(device_id, None)
         self._errors.pop(device_id, None)
         self._pairs = {key: pair for key, pair in self._pairs.items() if key[0] != device_id}
+        self._n_cold = {key: n for key, n in self._n_cold.items() if key[0] != device_id}
         self._loads = {key: load_s for key, load_s in self._loads.items() if key[0] != device_id}
         self._curves = {key: curve for key, curve in self._curves.items() if key[0] != device_id}
 
