@@ -123,7 +123,7 @@ def test_the_size_that_came_is_told_where_it_is_another(bfl: BflServer, tmp_path
     bfl.size = (96, 64)
     result = drawn(bfl, tmp_path)
     assert (result.drawing.width_px, result.drawing.height_px) == (96, 64)
-    assert result.warnings == ("the service drew 96x64 where 32x16 was asked for",)
+    assert result.warnings == ("127.0.0.1 drew 96x64 where 32x16 was asked for",)
 
 
 def test_progress_is_told_as_the_service_tells_it(bfl: BflServer, tmp_path: Path) -> None:
