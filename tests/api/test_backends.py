@@ -90,7 +90,8 @@ def test_every_dialect_that_can_name_a_backend_does(here: Running, bfl: BflServe
     generate = post(here, "/generate", {"prompt": "a fox", "backend": "flux-api", "model": "flux-pro-1.1", **size})
     assert generate.json()["backend"] == "flux-api"
     extra = {"backend": "flux-api", "seed": 7}
-    images = sdk(here).images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)  # type: ignore[call-overload]
+    images = sdk(here).images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)
+    assert images.model_extra is not None
     assert (images.model_extra["backend"], images.model_extra["cost_credits"]) == ("flux-api", 4.0)
     job = post(here, "/api/jobs", ASKED).json()
     assert job["backend"] == "flux-api"
@@ -237,7 +238,7 @@ def test_a_field_that_the_service_would_refuse_is_named_before_it_is_asked(here:
 
 
 def test_a_job_keeps_its_backend_and_its_order_when_the_server_is_started_again(tmp_path: Path, bfl: BflServer) -> None:
-    settings = {"bfl_api_key": KEY, "bfl_endpoint": bfl.url}
+    settings: dict[str, Any] = {"bfl_api_key": KEY, "bfl_endpoint": bfl.url}
     bfl.statuses += ["Pending"] * 1_000_000
     with running(tmp_path, **settings) as first:
         quick(first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -467,7 +466,8 @@ def test_the_key_and_the_prompt_are_in_no_log_line_and_no_error(
     with caplog.at_level(logging.DEBUG):
         drawn(bfl, tmp_path, prompt="a secret fox")
         errors = []
-        for fault in deque([403, 402, 500, "lost"]):
+        faults: tuple[int | str, ...] = (403, 402, 500, "lost")
+        for fault in faults:
             bfl.submits += [fault] * 5
             with pytest.raises(SdfleetError) as caught:
                 drawn(bfl, tmp_path, prompt="a secret fox")

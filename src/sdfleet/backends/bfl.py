@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 from urllib.parse import SplitResult, urlsplit
@@ -219,17 +219,12 @@ class BflBackend:
     async def _order(self, asked: _Ordered, name: str, body: Mapping[str, object], *, digest: str) -> Order:
         """The picture ordered, and that noted. Raises what the service refuses it with."""
         job_id, index = asked.drawing.job_id, asked.index
-        url = f"{self._endpoint}/v1/{name}"
-        sending = await asyncio.to_thread(self._orders.send, job_id, index, digest=digest)
-        answer = await self._asked_patiently(lambda: self._submit(url, body, asked))
-        if not answer.is_good:
-            await self._drop(asked)
-            self._refuse(answer)
+        answer = await self._submit_patiently(asked, f"{self._endpoint}/v1/{name}", body, digest=digest)
         self._why_not = ""
         try:
             told = answer.json()
-            order = replace(
-                sending, state="ordered", ordered_s=self._clock(), id=text_of(told, "id"),
+            order = Order(
+                digest=digest, state="ordered", ordered_s=self._clock(), id=text_of(told, "id"),
                 polling_url=text_of(told, "polling_url"), cost_credits=number_of(told.get("cost")),
             )  # fmt: skip
         except BadAnswer as exc:
@@ -240,38 +235,49 @@ class BflBackend:
         log.info("picture ordered", extra={"backend": ID, **facts})
         return order
 
-    async def _submit(self, url: str, body: Mapping[str, object], asked: _Ordered) -> Answer:
+    async def _submit_patiently(self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str) -> Answer:
+        """The answer to an order that was taken; asked for again while the service is busy, at fault, or not reached.
+
+        Raises what it is refused with.
+        """
+        pause_s, n_faults, begun_s = self._pace.first_pause_s, 0, time.monotonic()
+        while True:
+            answer, why = await self._submit(asked, url, body, digest=digest)
+            wait_s = pause_s
+            if answer is None:
+                n_faults += 1
+            elif answer.is_good:
+                return answer
+            elif answer.status == 429:
+                wait_s = retry_after_s(answer, now_s=self._clock()) or pause_s
+                if time.monotonic() - begun_s + wait_s > self._pace.busy_s:
+                    self._refuse(answer)
+            elif answer.status >= 500 and n_faults + 1 < N_TRIES:
+                n_faults += 1
+            else:
+                self._refuse(answer)
+            if n_faults >= N_TRIES:
+                self._why_not = why
+                raise BackendUnavailable(ID, why, hint="is this machine connected?")
+            await asyncio.sleep(wait_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _submit(
+        self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str
+    ) -> tuple[Answer | None, str]:
+        """The answer; None, and why, where the service is not reached. While nobody knows it stands as `sending`."""
+        await asyncio.to_thread(self._orders.send, asked.drawing.job_id, asked.index, digest=digest)
         try:
-            return await self._orderer.ask("POST", url, headers={"x-key": self._key}, body=body)
+            answer = await self._orderer.ask("POST", url, headers={"x-key": self._key}, body=body)
+        except Unreachable as exc:
+            await self._drop(asked)
+            return None, f"{self.host} is not reached: {exc}"
         except (Lost, BadAnswer) as exc:
             await self._drop(asked)
             raise _not_known(f"the connection to {self.host} broke while a picture was ordered: {exc}") from exc
-
-    async def _asked_patiently(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer, asked for again while the service has too much to do or a fault, or is not reached."""
-        pause_s, n_faults, begun_s = self._pace.first_pause_s, 0, time.monotonic()
-        while True:
-            why, wait_s = "", pause_s
-            try:
-                answer = await ask()
-            except Unreachable as exc:
-                why = f"{self.host} is not reached: {exc}"
-            else:
-                if answer.status == 429:
-                    wait_s = retry_after_s(answer, now_s=self._clock()) or pause_s
-                    if time.monotonic() - begun_s + wait_s > self._pace.busy_s:
-                        return answer
-                    n_faults -= 1  # no fault: it wants fewer at once
-                elif answer.status < 500:
-                    return answer
-            n_faults += 1
-            if n_faults >= N_TRIES:
-                if why:
-                    self._why_not = why
-                    raise BackendUnavailable(ID, why, hint="is this machine connected?")
-                return answer
-            await asyncio.sleep(wait_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        if not answer.is_good:
+            await self._drop(asked)
+        return answer, ""
 
     def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what an answer that is no 2xx means."""
