@@ -96,6 +96,7 @@ def _endpoint(value: object) -> object:
 Folder = Annotated[Path, BeforeValidator(_folder)]
 Endpoint = Annotated[str, BeforeValidator(_endpoint)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+Endpoints = Annotated[tuple[Endpoint, ...], NoDecode, BeforeValidator(_names)]
 
 
 def _default_home() -> Path:
@@ -125,8 +126,6 @@ class Settings(BaseSettings):
     """A key of Black Forest Labs: with it the backend `flux-api` draws there, for money, where it is named."""
     bfl_endpoint: Endpoint = "https://api.bfl.ai"
     """Their service, for example `https://api.eu.bfl.ai`."""
-    ollama_url: Endpoint | None = None
-    """An Ollama whose image models may be drawn with (backend `ollama`), for example `http://127.0.0.1:11434`."""
     backend: Annotated[Literal["local", "fake"], BeforeValidator(_lower)] = "local"
     """`local` draws; `fake` makes up pictures without a model, for testing what stands around it."""
     fake_step_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
@@ -241,6 +240,14 @@ class Settings(BaseSettings):
     """What a node is called; this machine's name when not set."""
     node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pictures that a node draws at once; found by what the engine measures when not set."""
+    ollama_url: Endpoint | None = None
+    """An Ollama whose models answer here too, and draw (backend `ollama`), for example `http://127.0.0.1:11434`."""
+    language_urls: Endpoints = ()
+    """OpenAI-compatible servers (llama.cpp, vLLM, LM Studio) whose models answer here too; separated by commas."""
+    language_key: SecretStr | None = None
+    """A key for these servers."""
+    speech_models: Folder | None = None
+    """A folder with faster-whisper models (CTranslate2), each in a folder of its own; needs the extra `speech`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -345,7 +352,9 @@ def engine_environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-_SECRETS = frozenset({"api_key", "bfl_api_key", "database_url", "hf_token", "modelscope_token", "nats_seed"})
+_SECRETS = frozenset(
+    ("api_key", "bfl_api_key", "database_url", "hf_token", "language_key", "modelscope_token", "nats_seed")
+)
 
 
 def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
