@@ -47,6 +47,8 @@ def default_model(machine: Machine) -> Finding:
         return fault(exc.message, exc.hint)
     if entry.is_built_in and machine.settings.model == "starter":
         return ok("the built-in model is drawn with where none is named")
+    if entry.card.backend is not None:
+        return ok(f"{entry.card.name} is drawn with where no model is named, by {entry.card.backend}")
     if not entry.folder.is_dir():
         # Not at the top: a server of one machine loads nothing of a fleet.
         from sdfleet.fleet.catalog import FLEET
