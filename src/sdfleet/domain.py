@@ -19,6 +19,7 @@ Task = Literal["txt2img", "img2img", "inpaint"]
 T5Use = Literal["auto", "keep", "skip"]
 StepCache = Literal["off", "light", "strong"]
 PictureFormat = Literal["png", "jpeg", "webp"]
+Unsaid = Literal["steps", "guidance", "sampler", "strength", "seed"]
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 # unfiltered: may ask for less than the server's own check of finished pictures.
 Scope = Literal["generate", "manage", "read", "unfiltered"]
@@ -26,6 +27,11 @@ Scope = Literal["generate", "manage", "read", "unfiltered"]
 SafetyChecker = Literal["on", "flag", "off"]
 # Of one finished picture. off: the checker was switched off; none: the model has none here.
 SafetyVerdict = Literal["passed", "flagged", "off", "none"]
+
+# What people call the ways to make pictures. sd, flux-local: this machine's own engine, by the kind of model.
+BACKENDS = ("sd", "flux-local", "flux-api", "mflux", "diffusionkit", "ollama", "fake")
+# What leaves the choice open, and what leaves open only which of the first two.
+AUTO, LOCAL = "auto", "local"
 
 # Who asks where no key is asked for: the person at this machine.
 LOCAL_OWNER = OwnerId("local")
@@ -111,6 +117,7 @@ class ImageRequest:
     step_cache: leave network calls out and guess their answers; changes the picture, see docs/modes.md.
     safety_checker: None takes the server's own; less than that needs the scope `unfiltered`, see docs/safety.md.
     loras: beside those that the prompt names as `<lora:name:scale>`, see docs/loras.md.
+    backend: one of BACKENDS; None or "auto": whichever can, see docs/backends.md.
     """
 
     prompt: str
@@ -132,6 +139,7 @@ class ImageRequest:
     step_cache: StepCache = "off"
     safety_checker: SafetyChecker | None = None
     loras: tuple[LoraUse, ...] = ()
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt, may_be_empty=False)
@@ -155,6 +163,9 @@ class ImageRequest:
             self._check_mask(self.mask)
         if len(self.loras) > MAX_LORAS:
             raise InvalidValue("loras", f"{len(self.loras)} LoRAs asked for", hint=f"use at most {MAX_LORAS}")
+        if self.backend not in {None, AUTO, LOCAL, *BACKENDS}:
+            known = ", ".join(BACKENDS)
+            raise InvalidValue("backend", f"{str(self.backend)[:40]!r} is not one of {known}", hint="see /api/backends")
 
     def _check_mask(self, mask: Picture) -> None:
         if self.image is None:
@@ -229,6 +240,7 @@ class Drawing:
         another shape it is filled up at the edges, or stretched if there is an input picture, which was stretched too.
     wants_previews: someone is looking; without it no preview is ever computed.
     loras: none with both scales 0. embeddings: those whose names the prompts hold, as words of their own.
+    backend: which of BACKENDS draws it; empty where that is decided elsewhere.
     """
 
     job_id: JobId
@@ -255,6 +267,7 @@ class Drawing:
     safety_checker: SafetyChecker = "on"
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[AdapterFile, ...] = ()
+    backend: str = ""
 
     @property
     def task(self) -> Task:
@@ -288,13 +301,17 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedPicture:
-    """One picture and how it came to be. index: which of its job's it is; None: its place among the result's."""
+    """One picture and how it came to be. index: which of its job's it is; None: its place among the result's.
+
+    cost_credits: what a service charged for it, as it said; None where nobody did.
+    """
 
     picture: Picture
     seed: int
     reproducible: bool = False
     safety: SafetyVerdict = "none"
     index: int | None = None
+    cost_credits: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +328,8 @@ class ImageResult:
 
     node: the machine of a fleet that drew it; empty where there is no fleet.
     withheld: pictures that are not among `images`; a backend gives every picture with its verdict, the runtime decides.
+    backend: which of BACKENDS drew it; the runtime says so.
+    unsaid: fields of the drawing that say nothing about these pictures, as their backend does not tell.
     """
 
     job_id: JobId
@@ -325,6 +344,8 @@ class ImageResult:
     rungs: tuple[str, ...] = ()
     withheld: tuple[Withheld, ...] = ()
     node: str = ""
+    backend: str = ""
+    unsaid: tuple[Unsaid, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -411,7 +432,8 @@ class Job:
     request: nothing left open (seed, size, steps, guidance, sampler, strength are filled in), so that it is the same
     after any restart. attempts: how often drawing was begun. error: set when failed or cancelled.
     timings_s, device, dtype, rungs: of the last drawing, when done. withheld: pictures of it that are no outputs.
-    node: the machine of a fleet that drew it.
+    node: the machine of a fleet that drew it. backend: which of BACKENDS did; empty for jobs of an older sdfleet.
+    cost_credits: of all its pictures, see `FinishedPicture`.
     """
 
     id: JobId
@@ -430,6 +452,8 @@ class Job:
     rungs: tuple[str, ...] = ()
     withheld: tuple[Withheld, ...] = ()
     node: str = ""
+    backend: str = ""
+    cost_credits: float | None = None
 
     @property
     def request(self) -> ImageRequest:

@@ -6,6 +6,7 @@
     │   ├── UnknownName            a model, sampler or schedule that does not exist here
     │   ├── UnsupportedByModel     the model named cannot do what was asked
     │   ├── BrokenPicture          an input picture that cannot be read
+    │   ├── BackendNotNamed        the model is drawn by a service, and nobody has said that it may be
     │   └── PromptSyntax           a prompt whose brackets or weights make no sense
     ├── CheckpointError            the weights on disk cannot be used
     │   ├── CheckpointNotFound
@@ -28,6 +29,11 @@
     ├── EngineDied                 the process that owns the device ended during the job
     ├── EngineFailed               the engine met a fault while drawing one picture
     ├── ContentWithheld            the model's safety checker flagged every picture of the job
+    │   └── Moderated              the service that draws refused the prompt, or what came of it
+    ├── BackendError               another engine or a service did not draw
+    │   ├── BackendUnavailable     the one named is not installed, not set up or not there now
+    │   ├── CreditsNeeded          the service wants to be paid first
+    │   └── BackendFailed          it was asked, and met a fault
     ├── JobCancelled               somebody asked for the job to stop
     ├── OutputNotWritable          the finished picture could not be saved
     ├── StorageError               the database of jobs cannot be used: not opened, too new, not writable
@@ -123,6 +129,19 @@ class BrokenPicture(BadRequest):
     """An input picture that cannot be read."""
 
     code = "broken_picture"
+
+
+class BackendNotNamed(BadRequest):
+    """The model is drawn outside this machine, where a prompt goes only when somebody has said so."""
+
+    code = "backend_not_named"
+
+    def __init__(self, model: str, backend: str, service: str) -> None:
+        super().__init__(
+            f"{model} is drawn by {service}, which would be sent the prompt",
+            hint=f"say that you want that: backend {backend!r} in the request, or SD_DEFAULT_BACKEND={backend}",
+        )
+        self.field = "backend"
 
 
 class PromptSyntax(BadRequest):
@@ -282,6 +301,43 @@ class ContentWithheld(SdfleetError):
 
     code = "content_withheld"
     http_status = 400
+
+
+class Moderated(ContentWithheld):
+    """The service that draws has refused the prompt, or the picture that came of it."""
+
+    code = "moderated"
+
+
+class BackendError(SdfleetError):
+    """An engine beside ours, or a service, did not draw."""
+
+    code = "backend_error"
+    http_status = 502
+
+
+class BackendUnavailable(BackendError):
+    """The backend that was named cannot draw as things stand. The hint says what to do about it."""
+
+    code = "backend_unavailable"
+    http_status = 503
+
+    def __init__(self, backend: str, reason: str, *, hint: str = "see /api/backends") -> None:
+        super().__init__(f"the backend {backend} cannot be used: {reason}", hint=hint)
+        self.backend = backend
+
+
+class CreditsNeeded(BackendError):
+    """The service has no credits left on the account of this server's key."""
+
+    code = "insufficient_credits"
+    http_status = 402
+
+
+class BackendFailed(BackendError):
+    """It was asked, and met a fault, or gave an answer that makes no sense."""
+
+    code = "backend_failed"
 
 
 class JobCancelled(SdfleetError):

@@ -1,6 +1,7 @@
 """The one door to pictures: a request comes in, everything it left open is decided, a backend draws it.
 
-The path of a request: card -> folder checked -> seed -> size, steps, guidance, sampler -> Drawing -> backend.
+The path of a request: backend and card -> folder checked -> seed -> size, steps, guidance, sampler -> Drawing ->
+backend.
 All that can be refused is refused before anything heavy is loaded.
 """
 
@@ -11,13 +12,14 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Self, assert_never
 
 from sdfleet.backends.base import Backend, Capabilities
+from sdfleet.backends.choice import Backends, Way
 from sdfleet.catalog.adapter_use import find_embeddings, find_loras
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.identify import Identified
@@ -38,7 +40,7 @@ from sdfleet.domain import (
 )
 from sdfleet.engine.prompt_tags import read_tags
 from sdfleet.engine.sampler_names import parse_sampler
-from sdfleet.errors import ContentWithheld, InUse, InvalidValue, UnsupportedByModel
+from sdfleet.errors import BackendError, ContentWithheld, InUse, InvalidValue, SdfleetError, UnsupportedByModel
 from sdfleet.residents import Residents
 from sdfleet.storage import pictures
 
@@ -63,12 +65,19 @@ class Runtime:
         keep_alive_s: float | None = None,
         safety_checker: SafetyChecker = "on",
         previews_before_check: bool = True,
+        others: Sequence[Way] = (),
+        default_backend: str | None = None,
+        is_fleet: bool = False,
     ) -> None:
-        """safety_checker: where a request says nothing. previews_before_check: also of what may be withheld."""
+        """safety_checker: where a request says nothing. previews_before_check: also of what may be withheld.
+
+        backend: this machine's own. others, default_backend, is_fleet: see `Backends`.
+        """
         self.catalog = catalog
+        self.backends = Backends(backend, others, default=default_backend, is_fleet=is_fleet)
         self._safety_checker = safety_checker
         self._previews_before_check = previews_before_check
-        self.residents = Residents(backend, keep_alive_s=keep_alive_s)
+        self.residents = Residents(self.backends, keep_alive_s=keep_alive_s)
         self._backend = backend
 
     async def __aenter__(self) -> Self:
@@ -80,8 +89,8 @@ class Runtime:
         await self.close()
 
     def capabilities(self) -> Capabilities:
-        """How the backend stands."""
-        return self._backend.capabilities()
+        """How this machine's own backend stands, and what all of them hold."""
+        return self.backends.capabilities()
 
     async def generate(
         self,
@@ -105,6 +114,7 @@ class Runtime:
 
         job_id: of a job that has one already, from before a restart; None makes one.
         """
+        await self.backends.look()
         # Looking at cards, headers and pixels reads files and runs Pillow: not on the event loop.
         return await asyncio.to_thread(self._prepare, request, wants_previews=wants_previews, job_id=job_id)
 
@@ -121,20 +131,33 @@ class Runtime:
             on_progress = partial(_without_preview, on_progress)
         await self.residents.renew(drawing.checkpoint, prepared.state)
         with self.residents.used(drawing.checkpoint):
-            result = await self._backend.generate(drawing, on_progress)
+            result = await self.backends.generate(drawing, on_progress)
         result = _given_out(result, model=name)
         spent_s = round(time.monotonic() - started_s, 3)
         log.info("job finished", extra={"job_id": drawing.job_id, "spent_s": spent_s, "rungs": list(result.rungs)})
         return replace(
             result,
             model=name,
+            backend=result.backend or drawing.backend,
             warnings=tuple(dict.fromkeys(prepared.warnings + result.warnings)),
             timings_s={**result.timings_s, "total": spent_s},
         )
 
     async def start(self) -> None:
-        """Have the backend stand ready before the first job. Raises what a first job would have met."""
-        await self._backend.start()
+        """Have this machine's own backend stand ready before the first job. Raises what a first job would have met."""
+        await self.backends.start()
+
+    async def draws_with_its_own(self, model: str) -> bool:
+        """Whether drawing a model for nobody would cost nobody money or memory; also where its name is wrong.
+
+        Raises BackendUnavailable.
+        """
+        try:
+            return (await self.prepare(ImageRequest(prompt="warm-up", model=model, seed=0))).is_ours
+        except BackendError:
+            raise
+        except SdfleetError:
+            return True
 
     async def load(self, model: str, *, is_pinned: bool = False) -> None:
         """Have a model on the device before a job asks for it; pinned, it also stays. Raises as `generate` does."""
@@ -166,16 +189,16 @@ class Runtime:
 
     async def watch(self, job_id: JobId, *, previews: bool) -> None:
         """Start or stop the previews of a job that is being drawn; unknown ids are ignored."""
-        await self._backend.watch(job_id, previews=previews)
+        await self.backends.watch(job_id, previews=previews)
 
     async def cancel(self, job_id: JobId) -> None:
         """Let the job's `generate` raise JobCancelled; unknown ids are ignored."""
-        await self._backend.cancel(job_id)
+        await self.backends.cancel(job_id)
 
     async def close(self) -> None:
-        """End the backend; may be called twice."""
+        """End the backends; may be called twice."""
         await self.residents.close()
-        await self._backend.close()
+        await self.backends.close()
 
     def _place_of(self, model: str) -> tuple[Card, str]:
         """A model's card and folder, also where its files are broken."""
@@ -183,14 +206,17 @@ class Runtime:
         return entry.card, str(entry.folder)
 
     def _prepare(self, request: ImageRequest, *, wants_previews: bool, job_id: JobId | None = None) -> Prepared:
-        entry = self.catalog.resolve(request.model)
+        choice = self.backends.choose(request, self.catalog)
+        entry = choice.entry
         card = entry.card
-        sampler = str(parse_sampler(request.sampler or card.sampler))
+        sampler = str(parse_sampler(card.sampler if "sampler" in card.ignores else request.sampler or card.sampler))
         seed = _seed(request)
         found = self.catalog.inspect(entry)
         safety_checker = request.safety_checker or self._safety_checker
 
-        warnings: list[str] = []
+        warnings = list(choice.warnings)
+        if choice.service:
+            warnings.append(f"drawn by {choice.service}: what was asked for has left this machine")
         guidance = card.guidance if request.guidance is None or "guidance" in card.ignores else request.guidance
         _warn_of_ignored(request, card, guidance=guidance, warnings=warnings)
         t5 = _t5(request, found, warnings)
@@ -216,7 +242,7 @@ class Runtime:
             negative_prompt="" if "negative_prompt" in card.ignores else request.negative_prompt,
             width_px=drawn[0],
             height_px=drawn[1],
-            steps=card.steps if request.steps is None else request.steps,
+            steps=card.steps if request.steps is None or "steps" in card.ignores else request.steps,
             guidance=guidance,
             seed=seed,
             n_images=request.n_images,
@@ -233,6 +259,7 @@ class Runtime:
             resize_to=size if drawn != size else None,
             wants_previews=wants_previews,
             safety_checker=safety_checker,
+            backend=choice.backend,
         )
         resolved = replace(
             request,
@@ -247,6 +274,7 @@ class Runtime:
             prompt=prompt,
             loras=uses,
             safety_checker=safety_checker,
+            backend=choice.backend or request.backend,
         )
         return Prepared(
             drawing=drawing,
@@ -255,6 +283,7 @@ class Runtime:
             warnings=tuple(warnings),
             is_checked=safety_checker == "on" and found.safety_checker == "here",
             state=self.catalog.state_of(entry),
+            is_ours=choice.is_ours,
         )
 
 
@@ -264,6 +293,7 @@ class Prepared:
 
     request: what was asked, with every choice filled in; preparing it again gives the same drawing and warnings.
     is_checked: a picture may be withheld in the end. state: of the checkpoint's files, to tell them from later ones.
+    is_ours: nobody else's memory or money is needed, so that one may be drawn to warm up.
     """
 
     drawing: Drawing
@@ -272,6 +302,7 @@ class Prepared:
     warnings: tuple[str, ...]
     is_checked: bool = False
     state: Hashable = None
+    is_ours: bool = True
 
 
 def fit_size(width_px: int, height_px: int, *, area_px: int, min_side_px: int, max_side_px: int) -> tuple[int, int]:
@@ -421,6 +452,8 @@ def _warn_of_ignored(request: ImageRequest, card: Card, *, guidance: float, warn
     used = {
         "negative_prompt": bool(request.negative_prompt),
         "guidance": request.guidance not in {None, card.guidance},
+        "steps": request.steps not in {None, card.steps},
+        "sampler": request.sampler not in {None, card.sampler},
         "image": request.image is not None,
         "mask": request.mask is not None,
     }

@@ -23,6 +23,8 @@ def find_loras(
 
     Raises UnknownName, UnsupportedByModel (of another family, or no LoRA), BrokenCheckpoint and PickleRefused.
     """
+    if uses and card.backend is not None:
+        raise UnsupportedByModel(f"{card.name} is drawn by {card.backend}, which takes no LoRAs", hint="leave them out")
     found: list[Lora] = []
     filled: list[LoraUse] = []
     for use in uses:

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sdfleet.domain import MAX_GUIDANCE, MAX_SIDE_PX, MAX_STEPS, SIDE_MULTIPLE_PX
 
-Family = Literal["sd", "sdxl", "sd3", "flux", "flux2", "zimage"]
-Ignored = Literal["negative_prompt", "guidance", "image", "mask"]
+# other: what another engine or a service draws with, whatever that is made of.
+Family = Literal["sd", "sdxl", "sd3", "flux", "flux2", "zimage", "other"]
+Ignored = Literal["negative_prompt", "guidance", "image", "mask", "steps", "sampler", "size"]
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
@@ -37,6 +38,8 @@ class Card(BaseModel):
     resizes: a size outside these sides is drawn near the native area and resized, with a warning.
     ignores: what has no effect on its pictures; a request that uses one is answered with a warning.
     folder: absolute path of the weights; absent for those that come inside the package or from a hub.
+    backend: the only one that draws it (see domain.BACKENDS); None: whichever can read the weights.
+    side_multiple_px: what sides must be a multiple of, where the backend asks for another than the family.
     hf, modelscope: its repository on Hugging Face and on ModelScope, in the diffusers layout.
     is_gated: Hugging Face gives it only to accounts that have accepted the licence.
     architecture: the file of data/architectures that describes it; None: the one of the same name, where there is one.
@@ -66,6 +69,8 @@ class Card(BaseModel):
     resizes: bool = False
     ignores: tuple[Ignored, ...] = ()
     folder: str | None = None
+    backend: str | None = None
+    side_multiple_px: Annotated[int, Field(ge=1, le=64)] | None = None
 
     @field_validator("name", "aliases")
     @classmethod

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, cast
 
-from sdfleet.catalog.cards import Family, Ignored
+from sdfleet.catalog.cards import Card, Family, Ignored
 from sdfleet.catalog.headers import Header, read_header, read_json
 from sdfleet.catalog.single_file.origins import header_within, read_origin
 from sdfleet.domain import MAX_SIDE_PX, SIDE_MULTIPLE_PX
@@ -153,16 +153,36 @@ class Identified:
     safety_checker: Literal["here", "left_out", "never_had"] = "never_had"
     ignores: tuple[Ignored, ...] = ()
     strength: float | None = None
+    asked_multiple_px: int | None = None
 
     @property
     def side_multiple_px(self) -> int:
         """Sides of a picture must be a multiple of this: transformers take latents in patches of two by two."""
-        return 8 if self.family in ("sd", "sdxl") else 16
+        return self.asked_multiple_px or (8 if self.family in ("sd", "sdxl") else 16)
 
     @property
     def n_bytes(self) -> int:
         """Size of all weights as stored."""
         return sum(component.n_bytes for component in self.components)
+
+
+def drawn_elsewhere(card: Card, folder: Path) -> Identified:
+    """What stands in the place of a folder's contents for a model that only another backend has."""
+    return Identified(
+        folder=folder,
+        family=card.family,
+        pipeline_class="",
+        components=(),
+        width_px=card.width_px,
+        height_px=card.height_px,
+        steps=card.steps,
+        guidance=card.guidance,
+        sampler=card.sampler,
+        t5="never_had",
+        ignores=card.ignores,
+        strength=card.strength,
+        asked_multiple_px=card.side_multiple_px,
+    )
 
 
 def identify(path: Path, *, known: Sequence[str] = (), cure: str = GET_AGAIN) -> Identified:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from sdfleet.catalog.adapters import Adapters
 from sdfleet.catalog.cards import Card, is_name
-from sdfleet.catalog.identify import Identified, identify
+from sdfleet.catalog.identify import Identified, drawn_elsewhere, identify
 from sdfleet.catalog.published import published
 from sdfleet.catalog.pulled import PulledWeights
 from sdfleet.catalog.single_file.origins import ORIGIN, SINGLE_FILES
@@ -32,11 +32,16 @@ from sdfleet.errors import BrokenCheckpoint, CheckpointError, CheckpointNotFound
 log = logging.getLogger(__name__)
 
 MAX_CARD_BYTES = 2**16
+# What stands for the folder of a model whose weights are not on this machine: no path, only unlike any other.
+ELSEWHERE = Path("elsewhere")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A checkpoint that a request can name, and where its weights lie."""
+    """A checkpoint that a request can name, and where its weights lie.
+
+    Where `card.backend` says that another engine or a service has it, folder may be no more than a name for it.
+    """
 
     card: Card
     folder: Path
@@ -59,6 +64,7 @@ class Catalog:
     """The checkpoints of this machine. Looks anew on every call, so an import or a download needs no restart.
 
     weights: what was downloaded; adapters: LoRAs and embeddings. Nothing else is ever deleted.
+    elsewhere: by the id of a backend, the cards of models that it alone has; asked on every call, must not wait.
     """
 
     def __init__(
@@ -67,17 +73,20 @@ class Catalog:
         *,
         built_in: tuple[BuiltIn, ...] | None = None,
         published_cards: tuple[Card, ...] | None = None,
+        elsewhere: Callable[[], Mapping[str, Sequence[Card]]] = dict,
     ) -> None:
         self._models_folder = models_folder
         self._inspected: dict[Path, tuple[_Files, Identified]] = {}
         self._built_in = packaged() if built_in is None else built_in
         self._published = published() if published_cards is None else published_cards
+        self._elsewhere = elsewhere
         self.weights = PulledWeights(models_folder / "weights")
         self.adapters = Adapters(models_folder)
 
     def entries(self) -> tuple[Entry, ...]:
         """Every checkpoint that is here and has a readable card: the built-in ones first, then the others by name.
 
+        Last those that only another backend has, except where one of that name is here.
         A card that cannot be read is logged and left out; asking for it by name says what is wrong with it.
         """
         found = []
@@ -87,13 +96,30 @@ class Catalog:
             except CheckpointNotFound as exc:
                 log.warning("built-in model is missing", extra={"card": built_in.card.name, "reason": str(exc)})
         here = [entry for card in self._cards() if (entry := self._here(card)) is not None]
-        return tuple(found) + tuple(sorted(here, key=lambda entry: entry.card.name))
+        found += sorted(here, key=lambda entry: entry.card.name)
+        taken = {entry.card.name for entry in found}
+        for cards in self._elsewhere().values():
+            found += [entry_elsewhere(card) for card in cards if card.name not in taken]
+            taken |= {card.name for card in cards}
+        return tuple(found)
 
-    def resolve(self, name: str) -> Entry:
+    def resolve(self, name: str, *, backend: str | None = None) -> Entry:
         """The checkpoint that answers to this name or alias.
 
+        backend: what that backend has by itself goes before weights on this machine; else it comes after them.
         Raises CheckpointNotFound (its weights are not here), UnknownName, or BrokenCheckpoint for a bad card.
         """
+        if backend is not None and (entry := _answering(name, self._elsewhere().get(backend, ()))) is not None:
+            return entry
+        try:
+            return self._resolve(name)
+        except (CheckpointNotFound, UnknownName):
+            cards = [card for own in self._elsewhere().values() for card in own]
+            if (entry := _answering(name, cards)) is not None:
+                return entry
+            raise
+
+    def _resolve(self, name: str) -> Entry:
         for built_in in self._built_in:
             if built_in.card.answers_to(name):
                 return Entry(card=built_in.card, folder=built_in.find_folder(), is_built_in=True)
@@ -191,8 +217,11 @@ class Catalog:
     def inspect(self, entry: Entry) -> Identified:
         """The checked contents of the folder. Raises a CheckpointError that says everything wrong with it.
 
+        What another backend has by itself is taken for what its card says.
         Asked for with every request, twice for a job: a folder whose files are what they were is not read again.
         """
+        if entry.card.backend is not None:
+            return drawn_elsewhere(entry.card, entry.folder)
         files = _files_of(entry.folder)
         known = self._inspected.get(entry.folder)
         if known is None or files is None or known[0] != files:
@@ -297,6 +326,19 @@ class Catalog:
         if card.name != name:
             raise BrokenCheckpoint(f"{path} is the card of {card.name!r}", hint="rename the file or its `name`")
         return card
+
+
+def entry_elsewhere(card: Card) -> Entry:
+    """The entry of a model that only another backend has."""
+    folder = ELSEWHERE / str(card.backend) / card.name if card.folder is None else Path(card.folder)
+    return Entry(card=card, folder=folder, is_built_in=False)
+
+
+def _answering(name: str, cards: Sequence[Card]) -> Entry | None:
+    """The model of this name, else the first that answers to it."""
+    found = [card for card in cards if card.answers_to(name)]
+    best = next((card for card in found if card.name == name), found[0] if found else None)
+    return None if best is None else entry_elsewhere(best)
 
 
 def packaged() -> tuple[BuiltIn, ...]:

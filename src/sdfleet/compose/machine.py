@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, assert_never
 import psutil
 
 from sdfleet.backends.base import Backend
+from sdfleet.backends.choice import cards_of
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.pool import EnginePool
 from sdfleet.catalog.store import Catalog
+from sdfleet.compose.backends import others
 from sdfleet.engine.events import EngineOptions
 from sdfleet.errors import InvalidValue
 from sdfleet.runtime import Runtime
@@ -166,9 +168,12 @@ def forecast_question(card: Card, settings: Settings, *, budget_s: float, all_fo
 
 def standalone(settings: Settings) -> Runtime:
     """Everything for one machine: its checkpoints, and an engine that starts with the first job."""
+    ways = others(settings)
     return Runtime(
-        catalog=catalog(settings),
+        catalog=Catalog(settings.models_folder, elsewhere=partial(cards_of, ways)),
         backend=_backend(settings),
+        others=ways,
+        default_backend=settings.default_backend,
         keep_alive_s=settings.keep_alive,
         safety_checker=settings.safety_checker,
         previews_before_check=settings.previews_before_check,

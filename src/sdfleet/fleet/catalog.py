@@ -83,7 +83,7 @@ class FleetCatalog(Catalog):
         found = [entry for _, model in sorted(self._models().items()) if (entry := _entry(model)) is not None]
         return tuple(found)
 
-    def resolve(self, name: str) -> Entry:
+    def resolve(self, name: str, *, backend: str | None = None) -> Entry:
         """The model that answers to this name. Raises CheckpointNotFound (no node has it), UnknownName, NotReady."""
         models = self._models()
         entries = self.entries()

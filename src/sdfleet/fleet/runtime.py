@@ -14,7 +14,7 @@ class FleetRuntime(Runtime):
     """Gives the fleet the request behind each drawing: names travel, folders do not."""
 
     def __init__(self, *, catalog: FleetCatalog, fleet: FleetBackend, safety_checker: SafetyChecker = "on") -> None:
-        super().__init__(catalog=catalog, backend=fleet, safety_checker=safety_checker)
+        super().__init__(catalog=catalog, backend=fleet, safety_checker=safety_checker, is_fleet=True)
         self.fleet = fleet
 
     async def draw(self, prepared: Prepared, *, on_progress: Callable[[Progress], None] | None = None) -> ImageResult:

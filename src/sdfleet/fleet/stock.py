@@ -101,6 +101,8 @@ class Stock:
     def _models(self) -> tuple[ModelHere, ...]:
         found = []
         for entry in self._catalog.entries():
+            if entry.card.backend is not None:
+                continue  # a router knows models by their files
             try:
                 inspected = self._catalog.inspect(entry)
             except CheckpointError:

@@ -22,9 +22,15 @@ Preparing = Callable[[Callable[[str], None]], Awaitable[None]]
 
 
 def warm_up(runtime: Runtime, *, model: str) -> Preparing:
-    """Start the engine and draw one picture of the default model, for nobody, in as few steps as it takes."""
+    """Start the engine and draw one picture of the default model, for nobody, in as few steps as it takes.
+
+    Not where another program or a service would draw it: that could cost money.
+    """
 
     async def prepare(note: Callable[[str], None]) -> None:
+        if not await runtime.draws_with_its_own(model):
+            note(f"{model} is not drawn by sdfleet itself: nothing is loaded")
+            return
         note("starting the engine")
         await runtime.start()
         note(f"loading {model}")

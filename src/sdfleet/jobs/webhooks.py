@@ -20,7 +20,7 @@ import httpcore2
 from sdfleet import __version__
 from sdfleet.domain import Job, Webhook
 from sdfleet.errors import StoreUnavailable
-from sdfleet.jobs.addresses import GuardedNetwork, Resolve, check_url, resolve
+from sdfleet.addresses import GuardedNetwork, Resolve, check_url, resolve
 from sdfleet.storage.jobs import JobStore
 from sdfleet.storage.webhooks import Delivery, WebhookStore
 
