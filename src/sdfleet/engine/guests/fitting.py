@@ -173,19 +173,18 @@ def _refuse(fitted: Fit, wish: Wish, title: str) -> None:
             f"{title} redraws pictures with this model and does not edit them",
             hint="give a strength below 1, or take backend flux-local, which edits",
         )
-    if wish.steps is not None and wish.strength is not None and wish.strength < 1:
-        n_steps = steps_to_draw(wish.steps, wish.strength)
-        if n_steps < 1:
+    if fitted.guest == "mflux":
+        if wish.steps is not None and wish.strength is not None and steps_to_draw(wish.steps, wish.strength) < 1:
             raise UnsupportedByModel(
                 f"{wish.steps} steps at strength {wish.strength:g} leave none to draw", hint="ask for more steps"
             )
-    if fitted.guest == "diffusionkit":
-        for side_px in (wish.width_px, wish.height_px):
-            if side_px is not None and side_px % DIFFUSIONKIT_IMAGE_MULTIPLE_PX:
-                raise UnsupportedByModel(
-                    f"{title} redraws pictures whose sides are multiples of {DIFFUSIONKIT_IMAGE_MULTIPLE_PX} px",
-                    hint=f"use {max(64, side_px - side_px % DIFFUSIONKIT_IMAGE_MULTIPLE_PX)}",
-                )
+        return
+    for side_px in (wish.width_px, wish.height_px):
+        if side_px is not None and side_px % DIFFUSIONKIT_IMAGE_MULTIPLE_PX:
+            raise UnsupportedByModel(
+                f"{title} redraws pictures whose sides are multiples of {DIFFUSIONKIT_IMAGE_MULTIPLE_PX} px",
+                hint=f"use {max(64, side_px - side_px % DIFFUSIONKIT_IMAGE_MULTIPLE_PX)}",
+            )
 
 
 def steps_to_draw(steps: int, strength: float) -> int:

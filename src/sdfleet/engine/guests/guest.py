@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -207,6 +208,8 @@ class GuestEngine:
         # A foreign library may leave a model half changed behind; a fresh one costs a load, and only after a fault.
         self._turns.do(partial(self._drop, job.drawing.checkpoint))
         if self._guest.is_out_of_memory(exc):
+            # Its frames hold what there was too much of.
+            traceback.clear_frames(exc.__traceback__)
             return self._after_out_of_memory(job, exc)
         log.error("a job failed", exc_info=exc, extra={"job_id": job.drawing.job_id})
         text = f"{self._guest.title} met a fault: {type(exc).__name__}: {str(exc)[:500]}"
@@ -368,13 +371,22 @@ def _brought_to_size(picture: Picture, drawing: Drawing) -> Picture:
     return bring(picture, *drawing.resize_to)
 
 
-def check_options(options: EngineOptions, title: str) -> None:
-    """Log what of the engine's options a guest does not know. Raises BadRequest for a device that it has not."""
+def check_options(
+    options: EngineOptions,
+    title: str,
+    *,
+    dtypes: Collection[str] = ("auto", "bfloat16"),
+    formats: Collection[str] = ("auto", "int8", "nf4"),
+) -> None:
+    """Log what of the engine's options a guest does not know. Raises BadRequest for a device that it has not.
+
+    dtypes, formats: of numbers and of weights that it knows.
+    """
     if options.device == "cuda":
         raise BadRequest(f"{title} does not draw on CUDA with sdfleet", hint="leave SD_DEVICE at auto for it")
     for name, value, known in (
-        ("dtype", options.dtype, ("auto", "bfloat16")),
-        ("weights", options.weights, ("auto", "int8", "nf4")),
+        ("dtype", options.dtype, dtypes),
+        ("weights", options.weights, formats),
         ("text_weights", options.text_weights, ("auto",)),
         ("memory_mode", options.memory_mode, ("auto", "fast")),
     ):
