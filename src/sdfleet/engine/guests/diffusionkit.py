@@ -24,7 +24,7 @@ from typing import Any
 from sdfleet.domain import Drawing, Picture, TokenCount
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.guests import diffusionkit_weights as weights
-from sdfleet.engine.guests import mlx_memory
+from sdfleet.engine.guests import mlx_device
 from sdfleet.engine.guests.fitting import Fit, GuestId, plain_prompt
 from sdfleet.engine.guests.guest import GuestEngine, Memory, Model, Sitting, check_options
 from sdfleet.errors import UnsupportedByModel
@@ -53,14 +53,10 @@ class DiffusionKit:
 
     def __init__(self, options: EngineOptions) -> None:
         check_options(options, "DiffusionKit", dtypes=("auto", "float16", "float32"), formats=("auto",))
-        import mlx.core as mx
-
-        if options.device == "cpu":
-            mx.set_default_device(mx.cpu)
+        self.device = mlx_device.open_device(options)
         stand_in()
         from diffusionkit.mlx import DiffusionKitInferenceContext
 
-        self.device = mlx_memory.device()
         self.title = f"DiffusionKit {version('diffusionkit')}, mlx {version('mlx')}"
         system = DiffusionKitInferenceContext().os_spec()
         if system:
@@ -72,13 +68,13 @@ class DiffusionKit:
         return _Painter(Path(drawing.checkpoint), is_half=self._is_half)
 
     def memory(self) -> Memory:
-        return mlx_memory.memory()
+        return mlx_device.memory()
 
     def release(self) -> None:
-        mlx_memory.release()
+        mlx_device.release()
 
     def is_out_of_memory(self, exc: BaseException) -> bool:
-        return mlx_memory.is_out_of_memory(exc)
+        return mlx_device.is_out_of_memory(exc)
 
 
 # --------------------------------------------------------------------------------- what DiffusionKit finds around itself
@@ -96,8 +92,7 @@ def stand_in() -> None:
 
     metal: Any = mx.metal
     for name in ("get_peak_memory", "get_active_memory", "reset_peak_memory", "set_memory_limit"):
-        if hasattr(mx, name):
-            setattr(metal, name, getattr(mx, name))
+        setattr(metal, name, getattr(mx, name))
     metal.device_info = _device_info
 
 
@@ -145,8 +140,7 @@ def _device_info() -> Mapping[str, Any]:
     import mlx.core as mx
     import psutil
 
-    told = dict(mx.device_info()) if hasattr(mx, "device_info") else {}
-    return {"memory_size": psutil.virtual_memory().total, **told}
+    return {"memory_size": psutil.virtual_memory().total, **mx.device_info()}
 
 
 # ------------------------------------------------------------------------------------------------------------- one model

@@ -21,7 +21,7 @@ from typing import Any, assert_never
 
 from sdfleet.domain import Drawing, Picture, TokenCount
 from sdfleet.engine.events import EngineOptions
-from sdfleet.engine.guests import mlx_memory
+from sdfleet.engine.guests import mlx_device
 from sdfleet.engine.guests.fitting import Fit, GuestId, Kind, plain_prompt, steps_to_draw
 from sdfleet.engine.guests.guest import GuestEngine, Memory, Model, Sitting, check_options
 from sdfleet.errors import UnsupportedByModel
@@ -46,15 +46,7 @@ class Mflux:
 
     def __init__(self, options: EngineOptions) -> None:
         check_options(options, "mflux")
-        import mlx.core as mx
-
-        if options.device == "cpu":
-            mx.set_default_device(mx.cpu)
-        self.device = mlx_memory.device()
-        if self.device == "cpu":
-            # Each picture would have its network compiled anew by a C++ compiler: 6 of 8 s (mlx 0.32.2, two cores,
-            # 2026-11-21), and machines without a compiler would fail. On Metal, MLX compiles by itself.
-            mx.disable_compile()
+        self.device = mlx_device.open_device(options)
         self.title = f"mflux {version('mflux')}, mlx {version('mlx')}"
         self._bits = {"int8": 8, "nf4": 4}.get(options.weights)
 
@@ -62,13 +54,13 @@ class Mflux:
         return _Painter(Path(drawing.checkpoint), fitted, bits=self._bits)
 
     def memory(self) -> Memory:
-        return mlx_memory.memory()
+        return mlx_device.memory()
 
     def release(self) -> None:
-        mlx_memory.release()
+        mlx_device.release()
 
     def is_out_of_memory(self, exc: BaseException) -> bool:
-        return mlx_memory.is_out_of_memory(exc)
+        return mlx_device.is_out_of_memory(exc)
 
 
 class _Painter:
