@@ -139,7 +139,7 @@ class BackendNotNamed(BadRequest):
     def __init__(self, model: str, backend: str, service: str) -> None:
         super().__init__(
             f"{model} is drawn by {service}, which would be sent the prompt",
-            hint=f"say that you want that: backend {backend!r} in the request, or SD_DEFAULT_BACKEND={backend}",
+            hint=f"say that you want that: name the backend {backend!r} in the request, or set SD_DEFAULT_BACKEND",
         )
         self.field = "backend"
 

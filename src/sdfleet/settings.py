@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from platformdirs import user_data_path
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sdfleet.errors import InvalidValue
@@ -117,8 +117,16 @@ class Settings(BaseSettings):
     """Cards of imported models; in `home/models` when not set."""
     model: str = "starter"
     """The model where a request names none."""
-    default_backend: Annotated[Literal["auto", "sd", "flux-local"], BeforeValidator(_lower)] = "auto"
-    """Which kind of model a request that names neither may be drawn by; others are refused."""
+    default_backend: Annotated[
+        Literal["auto", "sd", "flux-local", "flux-api", "mflux", "diffusionkit", "ollama"], BeforeValidator(_lower)
+    ] = "auto"
+    """What draws a request that names no backend, see docs/backends.md; `flux-api` sends its prompt to a service."""
+    bfl_api_key: SecretStr | None = None
+    """A key of Black Forest Labs: with it the backend `flux-api` draws there, for money, where it is named."""
+    bfl_endpoint: Endpoint = "https://api.bfl.ai"
+    """Their service, for example `https://api.eu.bfl.ai`."""
+    ollama_url: Endpoint | None = None
+    """An Ollama whose image models may be drawn with (backend `ollama`), for example `http://127.0.0.1:11434`."""
     backend: Annotated[Literal["local", "fake"], BeforeValidator(_lower)] = "local"
     """`local` draws; `fake` makes up pictures without a model, for testing what stands around it."""
     fake_step_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
@@ -232,6 +240,14 @@ class Settings(BaseSettings):
     node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pictures that a node draws at once; found by what the engine measures when not set."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_model_that_is_drawn_there(cls, given: Any) -> Any:
+        """Where a service is the default and no model is named, the built-in one cannot be meant: it has its own."""
+        if isinstance(given, dict) and _lower(given.get("default_backend")) == "flux-api":
+            return {"model": "flux-pro-1.1", **given}
+        return given
+
     @property
     def models_folder(self) -> Path:
         """Where the cards of imported checkpoints are kept."""
@@ -327,7 +343,7 @@ def engine_environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-_SECRETS = frozenset({"api_key", "database_url", "hf_token", "modelscope_token", "nats_seed"})
+_SECRETS = frozenset({"api_key", "bfl_api_key", "database_url", "hf_token", "modelscope_token", "nats_seed"})
 
 
 def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,15 +13,37 @@ from sdfleet.backends.fake import FakeBackend
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.errors import BadRequest, EngineDied, InUse, JobCancelled
+from tests.backends.bfl_server import BflServer, serving
 from tests.backends.drawings import drawing, endless, scripted_backend, scripted_pool
+from tests.backends.services import bfl_backend
 
 Build = Callable[[], Backend]
+HERE: dict[str, Build] = {"fake": FakeBackend, "local": scripted_backend, "pool": scripted_pool}
+SERVICES = ("flux-api",)
 
 
-@pytest.fixture(params=[FakeBackend, scripted_backend, scripted_pool], ids=["fake", "local", "pool"])
-def build(request: pytest.FixtureRequest) -> Build:
-    made: Build = request.param
-    return made
+@pytest.fixture(scope="module")
+def bfl() -> Iterator[BflServer]:
+    with serving(BflServer()) as server:
+        yield server
+
+
+def _built(name: str, request: pytest.FixtureRequest, folder: Path) -> Build:
+    if name in HERE:
+        return HERE[name]
+    server = request.getfixturevalue("bfl")
+    return lambda: bfl_backend(server, folder)
+
+
+@pytest.fixture(params=[*HERE, *SERVICES])
+def build(request: pytest.FixtureRequest, tmp_path: Path) -> Build:
+    return _built(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=HERE)
+def holder(request: pytest.FixtureRequest) -> Build:
+    """Those that hold checkpoints in memory of this machine; a service says nothing of its own."""
+    return HERE[request.param]
 
 
 def tell(build: Build, story: Callable[[Backend], Awaitable[None]]) -> None:
@@ -94,7 +117,7 @@ def test_progress_tells_the_first_and_the_last_step_of_every_picture_and_each_on
             steps = [each.step for each in seen if each.image_index == index]
             assert steps == sorted(set(steps))
             assert {1, 5} <= set(steps)
-            assert steps == [1, 2, 3, 4, 5] or not looks
+            assert steps == [1, 2, 3, 4, 5] or not (looks and backend.capabilities().has_previews)
 
     tell(build, story)
 
@@ -104,7 +127,7 @@ def test_previews_come_only_when_they_are_wanted(build: Build, wants: bool) -> N
     async def story(backend: Backend) -> None:
         seen: list[Progress] = []
         await backend.generate(drawing(wants_previews=wants), seen.append)
-        assert {each.preview is not None for each in seen} == {wants}
+        assert {each.preview is not None for each in seen} == {wants and backend.capabilities().has_previews}
 
     tell(build, story)
 
@@ -214,17 +237,17 @@ def held(backend: Backend) -> object:
     return backend.capabilities().facts.get("checkpoints", [])
 
 
-def test_loading_brings_a_checkpoint_and_draws_nothing(build: Build) -> None:
+def test_loading_brings_a_checkpoint_and_draws_nothing(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         seen: list[Progress] = []
         await backend.load(drawing(checkpoint="a"))
         assert (held(backend), seen) == (["a"], [])
         assert backend.capabilities().n_running == 0
 
-    tell(build, story)
+    tell(holder, story)
 
 
-def test_what_is_unloaded_has_left_when_the_call_returns_and_comes_back_when_it_is_asked_for(build: Build) -> None:
+def test_what_is_unloaded_has_left_when_the_call_returns_and_comes_back_when_it_is_asked_for(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         for name in ("a", "b"):
             await backend.load(drawing(checkpoint=name))
@@ -235,20 +258,20 @@ def test_what_is_unloaded_has_left_when_the_call_returns_and_comes_back_when_it_
         assert (await backend.generate(drawing(checkpoint="a"))).images
         assert held(backend) == ["a"]
 
-    tell(build, story)
+    tell(holder, story)
 
 
-def test_unloading_what_is_not_there_is_not_an_error(build: Build) -> None:
+def test_unloading_what_is_not_there_is_not_an_error(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         await backend.unload("nothing")
         assert (await backend.generate(drawing())).images
         await backend.unload("nothing")
         assert held(backend) == ["toy"]
 
-    tell(build, story)
+    tell(holder, story)
 
 
-def test_a_checkpoint_is_not_taken_away_from_a_job(build: Build) -> None:
+def test_a_checkpoint_is_not_taken_away_from_a_job(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         asked = endless(checkpoint="a")
         task = await begin(backend, asked)
@@ -261,7 +284,7 @@ def test_a_checkpoint_is_not_taken_away_from_a_job(build: Build) -> None:
         await backend.unload("a")
         assert held(backend) == []
 
-    tell(build, story)
+    tell(holder, story)
 
 
 def test_unloading_when_a_caller_has_left_does_not_wait_for_anything_else(build: Build) -> None:
@@ -275,7 +298,7 @@ def test_unloading_when_a_caller_has_left_does_not_wait_for_anything_else(build:
     tell(build, story)
 
 
-def test_what_is_pinned_is_known_to_the_engine_also_after_it_was_started_again(build: Build) -> None:
+def test_what_is_pinned_is_known_to_the_engine_also_after_it_was_started_again(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         await backend.load(drawing(checkpoint="a"))
         await backend.pin(("a", "b"))
@@ -286,10 +309,10 @@ def test_what_is_pinned_is_known_to_the_engine_also_after_it_was_started_again(b
         assert (await backend.generate(drawing())).images
         assert backend.capabilities().facts["pinned"] == []
 
-    tell(build, story)
+    tell(holder, story)
 
 
-def test_jobs_that_come_while_the_last_checkpoint_leaves_are_drawn(build: Build) -> None:
+def test_jobs_that_come_while_the_last_checkpoint_leaves_are_drawn(holder: Build) -> None:
     async def story(backend: Backend) -> None:
         await backend.load(drawing(checkpoint="a"))
         leaving = asyncio.create_task(backend.unload("a"))
@@ -298,7 +321,7 @@ def test_jobs_that_come_while_the_last_checkpoint_leaves_are_drawn(build: Build)
         assert [len(result.images) for result in results] == [1] * 20
         assert not any("drawn again" in text for result in results for text in result.warnings)
 
-    tell(build, story)
+    tell(holder, story)
 
 
 def test_fake_pictures_say_that_they_are() -> None:

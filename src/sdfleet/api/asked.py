@@ -13,14 +13,19 @@ from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import decoded, decoded_mask, from_base64
 from sdfleet.api.fetching import fetch_picture, is_url
 from sdfleet.api.lora_fields import LorasField, uses_of
-from sdfleet.catalog.cards import Family
 from sdfleet.compose import House
-from sdfleet.domain import MAX_SEED, ImageRequest, Picture, PictureFormat, SafetyChecker, StepCache, Submission, Webhook
-from sdfleet.errors import InvalidValue, UnsupportedByModel
-
-# Where people say which engine they want, they mean one of these; the first two are this machine's own.
-BACKENDS = ("sd", "flux-local", "flux-api", "mflux", "diffusionkit", "ollama")
-FAMILIES: dict[str, tuple[Family, ...]] = {"sd": ("sd", "sdxl", "sd3"), "flux-local": ("flux", "flux2", "zimage")}
+from sdfleet.domain import (
+    AUTO,
+    MAX_SEED,
+    ImageRequest,
+    Picture,
+    PictureFormat,
+    SafetyChecker,
+    StepCache,
+    Submission,
+    Webhook,
+)
+from sdfleet.errors import InvalidValue
 
 MAX_PRIORITY = 100
 MAX_DEADLINE_S = 7 * 24 * 3600.0
@@ -104,10 +109,6 @@ async def to_submission(request: Request, asked: PictureFields, *, dialect: str,
     changed: fields of the submission that the route decides.
     """
     house = house_of(request)
-    model = model_named(house, asked.model)
-    await check_backend(
-        house, asked.backend or (house.settings.default_backend if not asked.model else None), model=model
-    )
     image = None if asked.image is None else await read_picture(house, asked.image, field="image")
     mask = None if asked.mask is None else await read_picture(house, asked.mask, field="mask", as_mask=True)
     if asked.strength is not None and image is None:
@@ -115,7 +116,7 @@ async def to_submission(request: Request, asked: PictureFields, *, dialect: str,
     picture = ImageRequest(
         prompt=asked.prompt,
         negative_prompt=asked.negative_prompt,
-        model=model,
+        model=model_named(house, asked.model),
         width_px=asked.width,
         height_px=asked.height,
         steps=asked.steps,
@@ -132,6 +133,7 @@ async def to_submission(request: Request, asked: PictureFields, *, dialect: str,
         loras=uses_of(asked.loras),
         allow_degraded=asked.allow_degraded,
         safety_checker=asked.safety_checker,
+        backend=backend_named(house, asked.backend, model=asked.model),
     )
     facts: dict[str, Any] = {
         "format": asked.format,
@@ -172,18 +174,10 @@ async def read_bytes(house: House, text: str, *, field: str) -> bytes:
     return await asyncio.to_thread(from_base64, text, field=field)
 
 
-async def check_backend(house: House, backend: str | None, *, model: str) -> None:
-    """Raise unless the backend asked for is here and has the model."""
-    if backend is None or backend in {"auto", "local"}:
-        return
-    if backend not in BACKENDS:
-        raise InvalidValue("backend", f"{backend[:40]!r} is not one of {', '.join(BACKENDS)}", hint="see /api/backends")
-    families = FAMILIES.get(backend)
-    if families is None:
-        raise InvalidValue("backend", f"{backend} is not set up on this server", hint="see /api/backends")
-    card = (await asyncio.to_thread(house.catalog.resolve, model)).card
-    if card.family not in families:
-        raise UnsupportedByModel(f"{card.name} is not a model of the backend {backend}", hint="see /api/backends")
+def backend_named(house: House, backend: str | None, *, model: str | None) -> str | None:
+    """The backend that is meant: a request that names neither it nor a model is for the server's default alone."""
+    named = backend or (house.settings.default_backend if not model else None)
+    return None if named == AUTO else named
 
 
 def client_of(request: Request) -> str:

@@ -118,9 +118,12 @@ async def submit_flux(
 async def _model(house: House, name: str) -> str:
     """Our model of that name, else the default one."""
     try:
-        return (await asyncio.to_thread(house.catalog.resolve, OURS.get(name, name))).card.name
+        card = (await asyncio.to_thread(house.catalog.resolve, OURS.get(name, name))).card
     except (UnknownName, CheckpointNotFound):
         return house.settings.model
+    # The path alone is no word that the prompt may be sent to the service whose paths these are.
+    is_service = card.backend is not None and card.backend != house.settings.default_backend
+    return house.settings.model if is_service else card.name
 
 
 async def _submission(request: Request, asked: Asked, *, model: str) -> Submission:

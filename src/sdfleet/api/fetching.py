@@ -7,8 +7,8 @@ import asyncio
 import httpcore2
 
 from sdfleet import __version__
-from sdfleet.errors import InvalidValue, TooLarge
 from sdfleet.addresses import GuardedNetwork, check_url
+from sdfleet.errors import InvalidValue, TooLarge
 from sdfleet.settings import Settings
 from sdfleet.storage import pictures
 

@@ -15,7 +15,7 @@ from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of, submit_and_wait
 from sdfleet.api.asked import client_of, model_named, sides_of
 from sdfleet.api.bodies import described, json_body
-from sdfleet.api.native import drawing_s
+from sdfleet.api.native import backend_of, drawing_s
 from sdfleet.api.nodes import holders_of, node_id, nodes_of
 from sdfleet.api.ollama import DIALECT, FAULTS
 from sdfleet.compose import House
@@ -27,6 +27,8 @@ router = APIRouter(tags=["herd"], responses=FAULTS)
 STATS_WINDOW_S = 24 * 3600.0
 MAX_TAGS = 32
 MAX_TAG_CHARS = 100
+# What these clients call an engine, where we call it otherwise.
+_ENGINES = {None: "local", "flux-api": "bfl"}
 
 
 class RenderFailed(SdfleetError):
@@ -58,6 +60,7 @@ class GenerateImageAsked(BaseModel):
     seed: int | None = None
     negative_prompt: str | None = ""
     quantize: int | str | None = None
+    backend: str | None = None
     metadata: Metadata | None = None
     user: str | None = None
 
@@ -88,6 +91,7 @@ async def generate_image(
         steps=asked.steps,
         guidance=asked.guidance,
         seed=None if asked.seed is None or asked.seed < 0 else asked.seed,
+        backend=asked.backend or None,
     )
     submission = Submission(
         request=picture,
@@ -111,7 +115,7 @@ async def generate_image(
         "X-Fleet-Served-Model": job.request.model,
         "X-Fleet-Requested-Model": _header(asked.model),
         "X-Fleet-Fallback": "false",
-        "X-Fleet-Backend": "image",
+        "X-Fleet-Backend": await backend_of(house, job),
         "X-Fleet-Retries": str(max(0, job.attempts - 1)),
         "X-Generation-Time": str(round(drawing_s(job) * 1000)),
         "X-Queue-Time": str(round(wait_s * 1000)),
@@ -155,7 +159,7 @@ async def image_models(request: Request) -> dict[str, list[dict[str, Any]]]:
             {
                 "name": entry.card.name,
                 "type": "image",
-                "backend": "local",
+                "backend": _ENGINES.get(entry.card.backend, entry.card.backend),
                 "fleet_nodes": holders_of(house, entry.card.name),
             }
             for entry in entries

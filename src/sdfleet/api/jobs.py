@@ -70,6 +70,7 @@ class JobAnswer(BaseModel):
     """A job. Times are seconds since 1970. error: `{"code", "message", "hint"}` when failed or cancelled.
 
     node: the machine of a fleet that drew it. why: there and not elsewhere, or why it waits.
+    backend: what draws it; empty where that is not decided yet. cost_credits: what a service charged, as it said.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -96,6 +97,8 @@ class JobAnswer(BaseModel):
     finished: float | None
     attempts: int
     node: str
+    backend: str
+    cost_credits: float | None
     why: str | None = None
     queue_position: int | None
     eta_s: float | None
@@ -314,6 +317,8 @@ def answer_of(status: JobStatus) -> JobAnswer:
         finished=job.finished_s,
         attempts=job.attempts,
         node=job.node,
+        backend=job.backend or asked.backend or "",
+        cost_credits=job.cost_credits,
         queue_position=status.queue_position,
         eta_s=status.eta_s,
         progress=ProgressAnswer(step=status.step, steps=status.n_steps),

@@ -23,12 +23,16 @@ router = APIRouter(prefix="/api/models", tags=["native"], responses=FAULTS)
 
 
 class ModelAnswer(BaseModel):
-    """A model of this machine. size_bytes: of its weights in memory. expires_at: null while it stays by itself."""
+    """A model of this machine. size_bytes: of its weights in memory. expires_at: null while it stays by itself.
+
+    backend: the only one that draws it; null where whichever can read the weights does.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
     name: str
     family: str
+    backend: str | None
     loaded: bool
     pinned: bool
     size_bytes: int
@@ -40,7 +44,7 @@ class CardAnswer(BaseModel):
     """What is known of a model before any weight is read; what a request leaves open is taken from here.
 
     multiple: what sides must be a multiple of. min_side, max_side: sides it draws well; where `resizes`, others are
-    drawn near and resized. ignores: what has no effect on its pictures.
+    drawn near and resized. ignores: what has no effect on its pictures. backend: the only one that draws it, if so.
     """
 
     name: str
@@ -63,6 +67,7 @@ class CardAnswer(BaseModel):
     sampler: str
     strength: float | None
     ignores: list[str]
+    backend: str | None
 
 
 class ChoiceAnswer(BaseModel):
@@ -148,7 +153,7 @@ def _card(card: Card) -> CardAnswer:
         height=card.height_px,
         area=card.area_px,
         # As Identified.side_multiple_px, which would read the files.
-        multiple=8 if card.family in {"sd", "sdxl"} else 16,
+        multiple=card.side_multiple_px or (8 if card.family in {"sd", "sdxl"} else 16),
         min_side=card.min_side_px,
         max_side=card.max_side_px,
         resizes=card.resizes,
@@ -157,6 +162,7 @@ def _card(card: Card) -> CardAnswer:
         sampler=card.sampler,
         strength=card.strength,
         ignores=list(card.ignores),
+        backend=card.backend,
     )
 
 
@@ -175,6 +181,7 @@ async def _answers(house: House) -> list[ModelAnswer]:
             ModelAnswer(
                 name=entry.card.name,
                 family=entry.card.family,
+                backend=entry.card.backend,
                 loaded=resident is not None,
                 pinned=resident is not None and resident.is_pinned,
                 size_bytes=0 if resident is None else resident.n_bytes,

@@ -13,13 +13,14 @@ from starlette.responses import Response
 
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import WithheldAnswer, as_json, house_of, submit_and_wait, withheld_of
-from sdfleet.api.asked import BACKENDS, FAMILIES, PictureFields, SafetyCheckerField, sides_of, to_submission
+from sdfleet.api.asked import PictureFields, SafetyCheckerField, sides_of, to_submission
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import BadBody, error_response, field_of
 from sdfleet.api.lora_fields import LorasField
+from sdfleet.backends.choice import own_id
 from sdfleet.compose import House
-from sdfleet.domain import Job, PictureFormat
-from sdfleet.errors import BadRequest, InvalidValue, NotAuthenticated, SdfleetError
+from sdfleet.domain import AUTO, Job, PictureFormat
+from sdfleet.errors import BadRequest, CheckpointError, InvalidValue, NotAuthenticated, SdfleetError, UnknownName
 
 MEDIA_TYPES: dict[PictureFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -98,6 +99,7 @@ class OnePicture(BaseModel):
     allow_degraded: bool = False
     safety_checker: SafetyCheckerField = None
     loras: LorasField = []
+    backend: str | None = None
 
 
 class PictureAnswer(BaseModel):
@@ -114,6 +116,7 @@ class PictureAnswer(BaseModel):
     width: int
     height: int
     model: str
+    backend: str
     job_id: str
     safety: str
     warnings: list[str]
@@ -133,6 +136,7 @@ async def generate(request: Request, asked: Annotated[OnePicture, Depends(json_b
         prompt=asked.prompt, negative_prompt=asked.negative_prompt, model=asked.model, seed=_seed(asked.seed),
         width=width, height=height, steps=asked.num_inference_steps, guidance=asked.guidance_scale,
         allow_degraded=asked.allow_degraded, safety_checker=asked.safety_checker, loras=asked.loras,
+        backend=asked.backend,
     )  # fmt: skip
     job = await submit_and_wait(request, await to_submission(request, fields, dialect=SIMPLE_DIALECT.name))
     output = job.outputs[0]
@@ -143,6 +147,7 @@ async def generate(request: Request, asked: Annotated[OnePicture, Depends(json_b
         width=output.width_px,
         height=output.height_px,
         model=job.request.model,
+        backend=await backend_of(house_of(request), job),
         job_id=job.id,
         safety=output.safety,
         warnings=list(job.warnings),
@@ -166,7 +171,10 @@ class ImageAnswer(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """What `/api/txt2img` and `/api/img2img` answer. timings: seconds by phase."""
+    """What `/api/txt2img` and `/api/img2img` answer. timings: seconds by phase.
+
+    cost_credits: what a service charged for all of them, as it said.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -175,6 +183,7 @@ class ImagesAnswer(BaseModel):
     model: str
     job_id: str
     timings: dict[str, float]
+    cost_credits: float | None
     withheld: list[WithheldAnswer]
     warnings: list[str]
 
@@ -224,10 +233,11 @@ async def _pictures(request: Request, asked: PictureFields) -> Response:
             ImageAnswer(b64_json=text, seed=output.seed, url=f"/api/outputs/{output.id}", safety=output.safety)
             for text, output in zip(texts, job.outputs, strict=True)
         ],
-        backend=await asyncio.to_thread(backend_id, house, job.request.model),
+        backend=await backend_of(house, job),
         model=job.request.model,
         job_id=job.id,
         timings=dict(job.timings_s),
+        cost_credits=job.cost_credits,
         withheld=withheld_of(job),
         warnings=list(job.warnings),
     )
@@ -249,40 +259,50 @@ class BackendAnswer(BaseModel):
 async def backends(request: Request) -> list[BackendAnswer]:
     """What can make pictures here."""
     check_right(caller_of(request), "read")
-    return await asyncio.to_thread(_backends, house_of(request))
+    house = house_of(request)
+    await house.runtime.backends.look()
+    return await asyncio.to_thread(_backends, house)
 
 
 def _backends(house: House) -> list[BackendAnswer]:
-    standing = house.runtime.capabilities()
+    backends = house.runtime.backends
     entries = house.catalog.entries()
-    default = backend_id(house, house.settings.model)
+    default = house.settings.default_backend
+    if default == AUTO:
+        default = _default_of(house, house.settings.model)
     answers = []
-    for name in BACKENDS:
-        families = FAMILIES.get(name)
-        models = [entry.card.name for entry in entries if families is not None and entry.card.family in families]
-        if families is None:
-            reason = "not set up on this server"
-        elif not models:
-            reason = "no model of this kind is here: sdfleet models import"
-        else:
-            reason = standing.reason if standing.state in {"unavailable", "closed"} else ""
+    for standing in backends.standings():
+        models = backends.models_of(standing.id, entries)
+        reason = standing.reason
+        if not models and not reason:
+            reason = "no model that it draws is here: sdfleet models pull, or import"
         answers.append(
             BackendAnswer(
-                id=name,
-                engine="local" if families is not None else name,
-                available=bool(models) and not reason,
+                id=standing.id,
+                engine=standing.engine,
+                available=not reason,
                 reason=reason,
                 models=models,
-                default=name == default,
+                default=standing.id == default,
             )
         )
     return answers
 
 
-def backend_id(house: House, model: str) -> str:
-    """Which of our backends draws a model."""
-    family = house.catalog.resolve(model).card.family
-    return next(name for name, families in FAMILIES.items() if family in families)
+def _default_of(house: House, model: str) -> str:
+    """What draws a model where nobody says so; nothing where there is no such model."""
+    try:
+        card = house.catalog.resolve(model).card
+    except (UnknownName, CheckpointError):
+        return ""
+    return card.backend or own_id(card)
+
+
+async def backend_of(house: House, job: Job) -> str:
+    """Which backend drew a job."""
+    if found := job.backend or job.request.backend:
+        return found
+    return await asyncio.to_thread(_default_of, house, job.request.model)
 
 
 def picture_accepted(accept: str) -> PictureFormat | None:
@@ -303,6 +323,7 @@ async def raw_picture(house: House, job: Job) -> Response:
         "X-Seed": str(output.seed),
         "X-Generation-Time": str(round(drawing_s(job) * 1000)),
         "X-Model": job.request.model,
+        "X-Fleet-Backend": await backend_of(house, job),
         "X-Safety": output.safety,
     }
     return Response(await house.desk.picture(output), media_type=MEDIA_TYPES[output.format], headers=headers)

@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from sdfleet.api.access import caller_of, needs
 from sdfleet.api.answering import LargeResponse, house_of, submit, submit_and_wait, withheld_of
-from sdfleet.api.asked import client_of
+from sdfleet.api.asked import backend_named, client_of
 from sdfleet.api.bodies import decoded, decoded_alpha_mask, decoded_mask, described, json_body
 from sdfleet.api.dialect import BadBody, error_response, field_of, printable
 from sdfleet.api.links import signed_link
 from sdfleet.api.lora_fields import uses_of
-from sdfleet.api.native import MEDIA_TYPES, picture_accepted, raw_picture
+from sdfleet.api.native import MEDIA_TYPES, backend_of, picture_accepted, raw_picture
 from sdfleet.api.openai_forms import Files, read
 from sdfleet.api.openai_stream import EventStream, Kind, Telling, size_of, spliced, told, usage_of
 from sdfleet.api.openai_wire import (
@@ -41,7 +41,15 @@ from sdfleet.api.openai_wire import (
 from sdfleet.catalog.store import Entry
 from sdfleet.compose import House
 from sdfleet.domain import ImageRequest, Job, Picture, PictureFormat, Submission
-from sdfleet.errors import BrokenPicture, ContentWithheld, InvalidValue, NotAuthenticated, SdfleetError, UnknownName
+from sdfleet.errors import (
+    BrokenPicture,
+    ContentWithheld,
+    CreditsNeeded,
+    InvalidValue,
+    NotAuthenticated,
+    SdfleetError,
+    UnknownName,
+)
 from sdfleet.storage import pictures
 
 # Where we say width and height, these clients said size.
@@ -70,11 +78,15 @@ class OpenAIDialect:
         kind_of_error = _type_of(status)
         if isinstance(error, ContentWithheld):
             code, kind_of_error = "moderation_blocked", "image_generation_user_error"
+        headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, NotAuthenticated) else {}
+        if isinstance(error, CreditsNeeded):
+            # As OpenAI says it of its own: a 429 that waiting does not help.
+            status, code, kind_of_error = 429, "insufficient_quota", "insufficient_quota"
+            headers["x-should-retry"] = "false"
         if param is not None:
             param = param.removeprefix("body.").partition(".")[0]
             param = None if param == "body" else _PARAMETER_OF.get(param, param)
         body = {"error": {"message": str(error), "type": kind_of_error, "param": param, "code": code}}
-        headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, NotAuthenticated) else None
         return error_response(error, body, status=status, headers=headers)
 
 
@@ -256,6 +268,7 @@ def _submission(house: House, asked: Asked, given: _Given, format: PictureFormat
         step_cache=asked.step_cache,
         loras=uses_of(asked.loras),
         safety_checker=asked.safety_checker,
+        backend=backend_named(house, asked.backend, model=asked.model),
     )
     submission = Submission(
         request=picture,
@@ -331,6 +344,8 @@ async def _as_json(
         safety_identifier=asked.identifier or None,
         job_id=job.id,
         model=job.request.model,
+        backend=await backend_of(house, job),
+        cost_credits=job.cost_credits,
         withheld=withheld_of(job) or None,
         warnings=[*notes, *job.warnings],
     )

@@ -102,6 +102,7 @@ class Asked(BaseModel):
     step_cache: Literal["off", "light", "strong"] = "off"
     loras: LorasField = []
     safety_checker: SafetyCheckerField = None
+    backend: Annotated[str, Field(max_length=64, description="see /api/backends")] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     deadline_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] | None = None
 
@@ -250,7 +251,7 @@ class Image(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """What the three routes answer. job_id, model (the one that drew), withheld, warnings are ours."""
+    """What the three routes answer. job_id, model, backend, cost_credits, withheld, warnings are ours."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -264,6 +265,8 @@ class ImagesAnswer(BaseModel):
     safety_identifier: str | None = None
     job_id: str
     model: str
+    backend: str
+    cost_credits: float | None = None
     withheld: list[WithheldAnswer] | None = None
     warnings: list[str]
 

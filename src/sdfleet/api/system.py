@@ -31,7 +31,10 @@ async def health(request: Request) -> dict[str, Any]:
         "version": __version__,
         "queued": load.n_queued,
         "running": load.n_running,
-        "backends": [{"id": backend.name, "status": backend.state, "reason": backend.reason}],
+        "backends": [
+            {"id": each.id, "engine": each.engine, "status": each.state, "reason": each.reason}
+            for each in house.runtime.backends.standings()
+        ],
     }
 
 

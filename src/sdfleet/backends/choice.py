@@ -23,6 +23,9 @@ from sdfleet.errors import (
     BackendUnavailable,
     BadRequest,
     CheckpointError,
+    CheckpointNotFound,
+    SdfleetError,
+    UnknownName,
     UnsupportedByModel,
 )
 
@@ -119,6 +122,11 @@ class Backends:
             return found
         return self._automatic(request, catalog)
 
+    def may_be_own(self, request: ImageRequest) -> bool:
+        """Whether this machine's own engine may come to draw it; asked before anything was looked at."""
+        named = self._default if request.backend in {None, AUTO} else request.backend
+        return named not in self._others
+
     def _named(self, name: str, request: ImageRequest, catalog: Catalog) -> Choice:
         way = self._others.get(name)
         if way is not None:
@@ -150,6 +158,10 @@ class Backends:
             return self._named(name, request, catalog)
         except (UnsupportedByModel, CheckpointError):
             return None
+        except UnknownName:
+            if way is not None and (reason := way.reason()):
+                raise BackendUnavailable(way.id, reason) from None
+            raise
 
     def _automatic(self, request: ImageRequest, catalog: Catalog) -> Choice:
         entry = catalog.resolve(request.model)
@@ -157,7 +169,7 @@ class Backends:
         if card.backend is not None:
             way = self._others.get(card.backend)
             if way is not None and way.service:
-                raise BackendNotNamed(card.name, way.id, way.service)
+                raise _not_named(way, card, request, catalog)
             return self._named(card.backend, request, catalog)
         best = self._by_own(entry)
         key = (not _is_warm(self.own, entry), OWN_RANK)
@@ -204,8 +216,22 @@ class Backends:
         for way in self._others.values():
             now, why = way.backend.capabilities(), way.reason()
             state: BackendState = "unavailable" if why and now.state != "closed" else now.state
+            why = why or (now.reason if now.state in {"unavailable", "closed"} else "")
             told.append(Standing(id=way.id, engine=now.name, state=state, reason=why))
         return tuple(told)
+
+    def models_of(self, name: str, entries: Sequence[Entry]) -> list[str]:
+        """The models that a backend draws, of these and of its own; none of one that cannot be used. Blocks."""
+        way = self._others.get(name)
+        if way is None:
+            families = OWN.get(name)
+            here = [entry.card for entry in entries if entry.card.backend is None]
+            return [card.name for card in here if families is None or card.family in families]
+        if way.reason():
+            return []
+        readable = [entry.card for entry in entries if entry.card.backend is None and self._reads(way, entry.card)]
+        own = [card.name for card in way.cards()]
+        return [*own, *(card.name for card in readable if card.name not in own and _draws(way, card))]
 
     def way(self, name: str) -> Way | None:
         """What stands beside our own engine under this id."""
@@ -280,6 +306,18 @@ class Backends:
         return self.own
 
 
+def _not_named(way: Way, card: Card, request: ImageRequest, catalog: Catalog) -> SdfleetError:
+    """Why a model that a service has is not drawn: nobody has named the service, or its weights could be here."""
+    error = BackendNotNamed(card.name, way.id, way.service)
+    try:
+        catalog.resolve_here(request.model)
+    except CheckpointNotFound as exc:
+        return CheckpointNotFound(exc.message, hint=f"{exc.hint}; or {error.hint}, and {way.service} draws it")
+    except SdfleetError:
+        pass
+    return error
+
+
 def cards_of(ways: Sequence[Way]) -> dict[str, tuple[Card, ...]]:
     """By id, the models that they have by themselves; none of one that cannot be used."""
     return {way.id: way.cards() for way in ways if not way.reason()}
@@ -293,6 +331,14 @@ def own_id(card: Card) -> str:
     'sd'
     """
     return next((name for name, families in OWN.items() if card.family in families), "sd")
+
+
+def _draws(way: Way, card: Card) -> bool:
+    try:
+        way.check(card, ImageRequest(prompt="a picture", model=card.name))
+    except BadRequest:
+        return False
+    return True
 
 
 def _is_warm(backend: Backend, entry: Entry) -> bool:

@@ -112,14 +112,15 @@ class Catalog:
         if backend is not None and (entry := _answering(name, self._elsewhere().get(backend, ()))) is not None:
             return entry
         try:
-            return self._resolve(name)
+            return self.resolve_here(name)
         except (CheckpointNotFound, UnknownName):
             cards = [card for own in self._elsewhere().values() for card in own]
             if (entry := _answering(name, cards)) is not None:
                 return entry
             raise
 
-    def _resolve(self, name: str) -> Entry:
+    def resolve_here(self, name: str) -> Entry:
+        """The same among those whose weights are on this machine alone. Raises as `resolve`."""
         for built_in in self._built_in:
             if built_in.card.answers_to(name):
                 return Entry(card=built_in.card, folder=built_in.find_folder(), is_built_in=True)

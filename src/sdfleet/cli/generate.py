@@ -63,6 +63,9 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="A LoRA, at scale 1 if none is given; may come again and again."),
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What draws: sd, flux-local, flux-api, mflux, diffusionkit, ollama.")
+    ] = None,
     inline: Annotated[bool, typer.Option(help="Show the picture in the terminal if it can.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")] = False,
 ) -> None:
@@ -73,6 +76,7 @@ def generate(
             settings, prompt=prompt, model=model, negative=negative, size=size, steps=steps, guidance=guidance,
             seed=seed, n_images=n, sampler=sampler, image=image, strength=strength, mask=mask, like=like, t5=t5,
             reproducible=reproducible, step_cache=step_cache, loras=lora, safety_checker=safety_checker,
+            backend=backend,
         )  # fmt: skip
 
         def tell(result: ImageResult, saved: tuple[Saved, ...]) -> None:
@@ -122,7 +126,7 @@ async def _draw(
     from sdfleet.engine.sampler_names import a1111_label
     from sdfleet.storage import outputs
 
-    async with compose.standalone(settings) as runtime, _standing_ready(runtime):
+    async with compose.standalone(settings) as runtime, _standing_ready(runtime, request):
         prepared = await runtime.prepare(request)
         plan = outputs.plan(
             output,
@@ -138,13 +142,18 @@ async def _draw(
 
 
 @asynccontextmanager
-async def _standing_ready(runtime: Runtime) -> AsyncIterator[None]:
-    """The backend gets ready meanwhile: most of a first picture is the engine's import of torch.
+async def _standing_ready(runtime: Runtime, request: ImageRequest) -> AsyncIterator[None]:
+    """This machine's own backend gets ready meanwhile, where it may be the one that draws.
+
+    Most of a first picture is the engine's import of torch.
 
     Why it cannot get ready is not told here: whoever draws meets it too, and a request refused before has precedence.
     """
     import asyncio
 
+    if not runtime.backends.may_be_own(request):
+        yield
+        return
     starting = asyncio.create_task(runtime.start())
     try:
         yield
@@ -187,8 +196,12 @@ def _request(
     step_cache: StepCache | None,
     loras: list[str] | None,
     safety_checker: SafetyChecker | None,
+    backend: str | None,
 ) -> ImageRequest:
-    """What was asked for: an option that was given, else what --like says, else left open."""
+    """What was asked for: an option that was given, else what --like says, else left open.
+
+    What drew a picture that is repeated does not count: it could have been a service, and nobody has said so now.
+    """
     from sdfleet.domain import ImageRequest
     from sdfleet.engine.prompt_tags import read_use
     from sdfleet.errors import InvalidValue
@@ -223,6 +236,7 @@ def _request(
         step_cache=_first(step_cache, noted.step_cache, default="off"),
         loras=_noted_loras(noted) if loras is None else tuple(map(read_use, loras)),
         safety_checker=safety_checker,
+        backend=backend,
     )
 
 
@@ -317,5 +331,7 @@ def _answer(result: ImageResult, saved: tuple[Saved, ...]) -> dict[str, Any]:
         ],
         "device": result.device,
         "dtype": result.dtype,
+        "backend": result.backend,
+        "cost_credits": [image.cost_credits for image in result.images],
         "rungs": list(result.rungs),
     }

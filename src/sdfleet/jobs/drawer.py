@@ -169,6 +169,8 @@ class Drawer:
             rungs=result.rungs,
             withheld=result.withheld,
             node=result.node,
+            backend=result.backend,
+            cost_credits=_cost_of(result),
             finished_s=self._board.clock(),
         )
         if await self._insist(partial(self._store.finish, done), live) or await self._is_finished(done, live):
@@ -255,3 +257,9 @@ class Drawer:
                 log.warning("trying again to write a job down", extra={"job_id": live.job.id, "why": str(exc)})
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RETRY_MOST_S)
+
+
+def _cost_of(result: ImageResult) -> float | None:
+    """What was charged for all its pictures; None where nobody said."""
+    told = [image.cost_credits for image in result.images if image.cost_credits is not None]
+    return sum(told) if told else None

@@ -18,9 +18,9 @@ from typing import NoReturn
 import httpcore2
 
 from sdfleet import __version__
+from sdfleet.addresses import GuardedNetwork, Resolve, check_url, resolve
 from sdfleet.domain import Job, Webhook
 from sdfleet.errors import StoreUnavailable
-from sdfleet.addresses import GuardedNetwork, Resolve, check_url, resolve
 from sdfleet.storage.jobs import JobStore
 from sdfleet.storage.webhooks import Delivery, WebhookStore
 

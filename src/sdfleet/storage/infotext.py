@@ -33,6 +33,7 @@ class Metadata(BaseModel):
     sampler_label: as A1111 writes the sampler; only for the infotext.
     seed: this picture's own, so that it is drawn again alone with n = 1.
     safety: what the checkpoint's safety checker said of it; None where it has none.
+    backend: what drew it. cost_credits: what a service charged for it.
     """
 
     # A newer sdfleet may have written more than this one knows.
@@ -62,6 +63,8 @@ class Metadata(BaseModel):
     embeddings: tuple[str, ...] = ()
     job_id: str | None = None
     image_index: int | None = None
+    backend: str | None = None
+    cost_credits: float | None = None
     device: str | None = None
     dtype: str | None = None
     rungs: tuple[str, ...] = ()

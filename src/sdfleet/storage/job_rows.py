@@ -119,6 +119,8 @@ def job_of(row: RowMapping, *, outputs: Sequence[Output], pictures: Mapping[str,
         # Absent in rows of an older sdfleet, which withheld nothing and knew no other machines.
         withheld=tuple(Withheld(index=one["index"], seed=one["seed"]) for one in facts.get("withheld", ())),
         node=facts.get("node", ""),
+        backend=facts.get("backend", ""),
+        cost_credits=facts.get("cost_credits"),
     )
 
 
@@ -172,7 +174,7 @@ def facts_out(job: Job) -> Row:
     kept_back = [{"index": one.index, "seed": one.seed} for one in job.withheld]
     return {
         "timings_s": dict(job.timings_s), "device": job.device, "dtype": job.dtype, "rungs": list(job.rungs),
-        "withheld": kept_back, "node": job.node,
+        "withheld": kept_back, "node": job.node, "backend": job.backend, "cost_credits": job.cost_credits,
     }  # fmt: skip
 
 

@@ -105,6 +105,9 @@ def save(result: ImageResult, plan: OutputPlan, *, sampler_label: str | None = N
 def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = None) -> Metadata:
     """What is written into `result.images[index]`: enough to draw this one again, alone."""
     drawing, finished = result.drawing, result.images[index]
+    told = {
+        name: None if name in result.unsaid else getattr(drawing, name) for name in ("steps", "guidance", "sampler")
+    }
     is_resized = (finished.picture.width_px, finished.picture.height_px) != (drawing.width_px, drawing.height_px)
     return Metadata(
         version=__version__,
@@ -116,12 +119,12 @@ def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = 
         height_px=finished.picture.height_px,
         drawn_width_px=drawing.width_px if is_resized else None,
         drawn_height_px=drawing.height_px if is_resized else None,
-        steps=drawing.steps,
-        guidance=drawing.guidance,
+        steps=told["steps"],
+        guidance=told["guidance"],
         seed=finished.seed,
-        sampler=drawing.sampler,
-        sampler_label=sampler_label,
-        strength=drawing.strength if drawing.image is not None else None,
+        sampler=told["sampler"],
+        sampler_label=None if "sampler" in result.unsaid else sampler_label,
+        strength=drawing.strength if drawing.image is not None and "strength" not in result.unsaid else None,
         t5=drawing.t5 if drawing.t5 != "auto" else None,
         reproducible=finished.reproducible,
         step_cache=drawing.step_cache if drawing.step_cache != "off" else None,
@@ -130,6 +133,8 @@ def metadata_of(result: ImageResult, *, index: int, sampler_label: str | None = 
         job_id=result.job_id,
         image_index=index if finished.index is None else finished.index,
         safety=finished.safety if finished.safety != "none" else None,
+        backend=result.backend or None,
+        cost_credits=finished.cost_credits,
         device=result.device or None,
         dtype=result.dtype or None,
         rungs=result.rungs,
