@@ -96,7 +96,7 @@ def remove(*, name: Model, yes: Yes = False, as_json: AsJson = False) -> None:
         adapter = named(catalog, name)
         if adapter is not None:
             if not yes:
-                _ask(f"delete {adapter.path} ({size(adapter.n_bytes)})?", otherwise=f"sdfleet models rm {name} --yes")
+                ask(f"delete {adapter.path} ({size(adapter.n_bytes)})?", otherwise=f"sdfleet models rm {name} --yes")
             n_bytes = catalog.adapters.remove(adapter)
             freed = {"name": adapter.name, "n_freed_bytes": n_bytes}
             console.say_json(freed) if as_json else console.say(f"removed {adapter.name}: {size(n_bytes)} freed")
@@ -110,7 +110,7 @@ def remove(*, name: Model, yes: Yes = False, as_json: AsJson = False) -> None:
         else:
             question = f"forget {card.name}? Its folder {card.folder} stays as it is."
         if not yes:
-            _ask(question, otherwise=f"sdfleet models rm {card.name} --yes")
+            ask(question, otherwise=f"sdfleet models rm {card.name} --yes")
         serving.unload(settings, card.name)
         n_freed = catalog.forget(card.name)
         if as_json:
@@ -253,11 +253,11 @@ def _consent(found: DownloadPlan, settings: Settings, *, yes: bool) -> Consent:
     if settings.pull_without_asking and not yes:
         return Consent(plan_id=found.id, given_by="setting")
     if not yes:
-        _ask(f"download {size(found.n_left_bytes)}?", otherwise=f"sdfleet models pull {found.name} --yes")
+        ask(f"download {size(found.n_left_bytes)}?", otherwise=f"sdfleet models pull {found.name} --yes")
     return Consent(plan_id=found.id, given_by="command line")
 
 
-def _ask(question: str, *, otherwise: str) -> None:
+def ask(question: str, *, otherwise: str) -> None:
     """Return when the person says yes; leave the command when not. Raises ConfirmationRequired off a terminal."""
     from sdfleet.errors import ConfirmationRequired
 

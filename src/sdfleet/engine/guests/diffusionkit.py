@@ -25,7 +25,7 @@ from sdfleet.domain import Drawing, Picture, TokenCount
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.guests import diffusionkit_weights as weights
 from sdfleet.engine.guests import mlx_device
-from sdfleet.engine.guests.fitting import Fit, GuestId, plain_prompt
+from sdfleet.engine.guests.fitting import Fit, fit, plain_prompt
 from sdfleet.engine.guests.guest import GuestEngine, Memory, Model, Sitting, check_options
 from sdfleet.errors import UnsupportedByModel
 
@@ -49,8 +49,6 @@ def open_engine(options: EngineOptions) -> GuestEngine:
 class DiffusionKit:
     """See `Guest`."""
 
-    id: GuestId = "diffusionkit"
-
     def __init__(self, options: EngineOptions) -> None:
         check_options(options, "DiffusionKit", dtypes=("auto", "float16", "float32"), formats=("auto",))
         self.device = mlx_device.open_device(options)
@@ -62,6 +60,9 @@ class DiffusionKit:
         if system:
             self.title += f", {system['os_type']} {system['os_version']}"
         self._is_half = options.dtype != "float32"
+
+    def fit(self, drawing: Drawing) -> Fit:
+        return fit("diffusionkit", Path(drawing.checkpoint))
 
     def load(self, drawing: Drawing, fitted: Fit) -> Model:
         del fitted

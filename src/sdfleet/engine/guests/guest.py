@@ -70,11 +70,13 @@ class Model(Protocol):
 
 
 class Guest(Protocol):
-    """A library. Every call comes from one thread. title: with its version; device: as facts name it."""
+    """A library. title: with its version; device: as facts name it. Every call but `fit` comes from one thread."""
 
-    id: fitting.GuestId
     title: str
     device: str
+
+    def fit(self, drawing: Drawing) -> fitting.Fit:
+        """What the drawing's checkpoint is to it; touches nothing of the library. Raises as `fitting.fit`."""
 
     def load(self, drawing: Drawing, fitted: fitting.Fit) -> Model:
         """The drawing's checkpoint in memory."""
@@ -122,7 +124,7 @@ class GuestEngine:
     # --------------------------------------------------------------------------------------------- on the main thread
 
     def submit(self, drawing: Drawing) -> None:
-        fitted = fitting.fit(self._guest.id, Path(drawing.checkpoint))
+        fitted = self._guest.fit(drawing)
         warnings = list(fitting.remarks(fitted, fitting.wish_of(drawing)))
         self._waiting[drawing.job_id] = _Job(drawing, fitted, warnings, drawing.wants_previews)
 

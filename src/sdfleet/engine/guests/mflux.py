@@ -22,7 +22,7 @@ from typing import Any, assert_never
 from sdfleet.domain import Drawing, Picture, TokenCount
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.guests import mlx_device
-from sdfleet.engine.guests.fitting import Fit, GuestId, Kind, plain_prompt, steps_to_draw
+from sdfleet.engine.guests.fitting import Fit, Kind, fit, plain_prompt, steps_to_draw
 from sdfleet.engine.guests.guest import GuestEngine, Memory, Model, Sitting, check_options
 from sdfleet.errors import UnsupportedByModel
 
@@ -42,13 +42,14 @@ def open_engine(options: EngineOptions) -> GuestEngine:
 class Mflux:
     """See `Guest`. Importing mflux takes a second or two, most of it transformers."""
 
-    id: GuestId = "mflux"
-
     def __init__(self, options: EngineOptions) -> None:
         check_options(options, "mflux")
         self.device = mlx_device.open_device(options)
         self.title = f"mflux {version('mflux')}, mlx {version('mlx')}"
         self._bits = {"int8": 8, "nf4": 4}.get(options.weights)
+
+    def fit(self, drawing: Drawing) -> Fit:
+        return fit("mflux", Path(drawing.checkpoint))
 
     def load(self, drawing: Drawing, fitted: Fit) -> Model:
         return _Painter(Path(drawing.checkpoint), fitted, bits=self._bits)
