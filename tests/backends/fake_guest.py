@@ -103,3 +103,8 @@ def open_engine(options: EngineOptions) -> GuestEngine:
 def open_narrow(options: EngineOptions) -> GuestEngine:
     """With room for two checkpoints and no third."""
     return GuestEngine(lambda: FakeGuest(room_bytes=int(2.5 * CHECKPOINT_BYTES)), options)
+
+
+def open_pressed(options: EngineOptions) -> GuestEngine:
+    """With hardly more room than one checkpoint takes."""
+    return GuestEngine(lambda: FakeGuest(room_bytes=CHECKPOINT_BYTES + 1), options)

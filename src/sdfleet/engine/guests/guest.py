@@ -7,6 +7,7 @@ until their room is needed, memory runs short, or the parent says `unload`.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -115,7 +116,13 @@ class GuestEngine:
     def __init__(self, make: Callable[[], Guest], options: EngineOptions) -> None:
         self._turns: Turns[Event, JobDone] = Turns()
         self._options = options
-        self._guest = self._turns.do(make)
+        try:
+            self._guest = self._turns.do(make)
+        except ImportError as exc:
+            raise EngineFailed(
+                f"{sys.executable} lacks a library of this engine: {exc}",
+                hint="make its environment again: `sdfleet backend remove NAME`, then `sdfleet backend install NAME`",
+            ) from exc
         self._waiting: dict[JobId, _Job] = {}
         self._now: _Job | None = None
         self._residents: dict[str, _Resident] = {}  # the one used last stands last
