@@ -21,7 +21,7 @@ def main(folder: str, given: str, made: str) -> None:
 
     mlx_device.open_device(EngineOptions())
     diffusionkit.stand_in()
-    pipeline: Any = diffusionkit._loaded(Path(folder), is_half=False)  # noqa: SLF001 - what is probed
+    pipeline: Any = diffusionkit._loaded(Path(folder), is_half=False)
     arrays = {name: mx.array(array) for name, array in np.load(given).items()}
     pipeline.mmdit.cache_modulation_params(arrays["pooled"], arrays["timestep"])
     velocity = pipeline.mmdit(
@@ -35,7 +35,8 @@ def main(folder: str, given: str, made: str) -> None:
         read = clip(arrays[f"ids_{name}"])
         out |= {f"hidden_{name}": read.hidden_states[-2], f"pooled_{name}": read.pooled_output}
     out["t5"] = pipeline.t5_encoder(arrays["words"])
-    np.savez(made, **{name: np.array(array.astype(mx.float32)) for name, array in out.items()})
+    arrays_out: dict[str, Any] = {name: np.array(array.astype(mx.float32)) for name, array in out.items()}
+    np.savez(made, **arrays_out)
 
 
 if __name__ == "__main__":

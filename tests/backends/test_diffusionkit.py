@@ -40,7 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(folder: Path, **fields: Any) -> Drawing:
-    given = {"checkpoint": str(folder), "family": "sd3", "prompt": "a cat", "width_px": 64, "height_px": 64, "steps": 3}
+    given: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "family": "sd3",
+        "prompt": "a cat",
+        "width_px": 64,
+        "height_px": 64,
+        "steps": 3,
+    }
     return replace(drawing(), **(given | fields))
 
 
@@ -133,7 +140,7 @@ def test_its_networks_answer_as_those_of_diffusers_do(folder: Path, tmp_path: Pa
     given = _inputs(folder)
     np.savez(tmp_path / "in.npz", **given)
     script = f"import runpy, sys; sys.path.append({str(SRC)!r}); runpy.run_path({str(PROBE)!r}, run_name='__main__')"
-    python = real_guest("diffusionkit")._venv.python  # noqa: SLF001 - to look at what is installed
+    python = real_guest("diffusionkit")._venv.python
     command = [str(python), "-I", "-c", script, str(folder), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     done = subprocess.run(command, env=guest_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -119,7 +119,7 @@ def test_each_option_without_effect_is_told_and_left_out_of_the_metadata() -> No
     said = " / ".join(remarks(TURBO, wish))
     for word in ("guidance", "negative prompt", "dpm++_2m karras was not used", "weights", "step cache", "T5"):
         assert word in said
-    assert unsaid(TURBO, wish) == ("guidance", "sampler", "negative_prompt")
+    assert unsaid(TURBO, wish) == ("guidance", "sampler")
 
 
 CARD = Card(

@@ -107,7 +107,7 @@ def test_an_installation_that_fails_says_what_failed_and_how_to_go_on(
     monkeypatch.setenv("PIP_NO_INPUT", "1")
     here = GuestVenv(tmp_path, "mflux")
     said: list[str] = []
-    with pytest.raises(BackendFailed, match="packages could not be installed: .*mflux") as failed:
+    with pytest.raises(BackendFailed, match=r"packages could not be installed: .*mflux") as failed:
         here.install(here.consent(), say=said.append)
     assert failed.value.hint == "when that is mended, run `sdfleet backend install mflux` again"
     assert said[-1] == f"installing {len(here.pins.packages)} packages"

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def asked(folder: Folder, name: str, **fields: Any) -> Drawing:
-    given = {
+    given: dict[str, Any] = {
         "checkpoint": str(folder(name)), "family": FAMILY[name], "prompt": "a cat", "width_px": 64, "height_px": 64,
         "steps": 3, "guidance": 0.0,
     }  # fmt: skip
@@ -161,15 +161,12 @@ def test_an_input_picture_is_redrawn_as_far_as_it_is_asked(folder: Folder, name:
 def test_weights_in_eight_bits_are_smaller_and_draw(folder: Folder) -> None:
     n_bytes: dict[str, int] = {}
 
-    def drawn(weights: str) -> Callable[[GuestBackend], Awaitable[None]]:
-        async def story(backend: GuestBackend) -> None:
-            result = await backend.generate(asked(folder, "klein"))
-            n_bytes[result.dtype] = int(str(backend.capabilities().facts["resident_bytes"]))
+    async def story(backend: GuestBackend) -> None:
+        result = await backend.generate(asked(folder, "klein"))
+        n_bytes[result.dtype] = int(str(backend.capabilities().facts["resident_bytes"]))
 
-        return story
-
-    tell(drawn("auto"))
-    tell(drawn("int8"), EngineOptions(weights="int8"))
+    tell(story)
+    tell(story, EngineOptions(weights="int8"))
     assert n_bytes["bfloat16, weights in 8 bits"] < 0.8 * n_bytes["bfloat16"]
 
 
@@ -218,7 +215,7 @@ assert "prompt_cache" in inspect.getsource(Flux1.generate_image)
 def test_flux_is_called_by_the_arguments_that_mflux_has() -> None:
     """Names only: no weights of that size fit a test, so nothing of FLUX.1 is drawn here."""
     backend = real_guest("mflux")
-    python = backend._venv.python  # noqa: SLF001 - to look at what is installed
+    python = backend._venv.python
     done = subprocess.run(
         [str(python), "-I", "-c", SIGNATURES], env=guest_environment(), capture_output=True, text=True, check=False
     )

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from sdfleet import __version__
-from sdfleet.cli import backend, bench, catalog, doctor, fleet, generate, jobs, keys, node, outputs, router, serve, train
+from sdfleet.cli import (
+    backend,
+    bench,
+    catalog,
+    doctor,
+    fleet,
+    generate,
+    jobs,
+    keys,
+    node,
+    outputs,
+    router,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="sdfleet",

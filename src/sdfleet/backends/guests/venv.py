@@ -219,7 +219,9 @@ class GuestVenv:
         try:
             await backend.start()
         except SdfleetError as exc:
-            raise BackendFailed(f"{self.pins.title} is installed and does not start: {exc}", hint=self._again()) from exc
+            raise BackendFailed(
+                f"{self.pins.title} is installed and does not start: {exc}", hint=self._again()
+            ) from exc
         finally:
             await backend.close()
 
@@ -228,7 +230,7 @@ class GuestVenv:
 
     def _run(self, command: Sequence[str], *, what: str) -> None:
         try:
-            done = subprocess.run(
+            done = subprocess.run(  # noqa: S603 - Python itself, and the pins of this package
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -78,7 +78,7 @@ class DiffusionKit:
         return mlx_device.is_out_of_memory(exc)
 
 
-# --------------------------------------------------------------------------------- what DiffusionKit finds around itself
+# ------------------------------------------------------------ what DiffusionKit finds around itself
 
 
 def stand_in() -> None:
@@ -118,7 +118,8 @@ def parse_sw_vers(text: str) -> Mapping[str, str]:
 
     macOS 26 has a line more, ProductVersionExtra, after which argmaxtools 0.1.23 finds four facts and wants three.
 
-    >>> parse_sw_vers("ProductName:\\t\\tmacOS\\nProductVersion:\\t\\t26.0.1\\nProductVersionExtra:\\t(a)\\nBuildVersion:\\t\\t25A362\\n")
+    >>> extra = "ProductVersionExtra:\\t(a)\\n"
+    >>> parse_sw_vers(f"ProductName:\\t\\tmacOS\\nProductVersion:\\t\\t26.0.1\\n{extra}BuildVersion:\\t\\t25A362\\n")
     {'os_type': 'macOS', 'os_version': '26.0.1', 'os_build_number': '25A362'}
     """
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
@@ -144,7 +145,7 @@ def _device_info() -> Mapping[str, Any]:
     return {"memory_size": psutil.virtual_memory().total, **mx.device_info()}
 
 
-# ------------------------------------------------------------------------------------------------------------- one model
+# ------------------------------------------------------------ one model
 
 
 class _Painter:
@@ -177,7 +178,7 @@ class _Painter:
     def draw(self, drawing: Drawing, seed: int, sitting: Sitting) -> Picture:
         import diffusionkit.mlx as theirs
 
-        with _image_file(drawing) as path, _sampling_with(theirs, partial(_sample, sitting, self._show)):
+        with _image_file(drawing) as path, _sampling_with(theirs, _sampler(sitting, self._show)):
             image, _ = self._pipeline.generate_image(
                 plain_prompt(drawing.prompt),
                 num_steps=drawing.steps,
@@ -210,9 +211,7 @@ class _Painter:
         return _floats(self._pipeline.latent_format.process_in(mean)[0].transpose(2, 0, 1))
 
 
-def _sample(
-    sitting: Sitting, show: Callable[[Any], Picture], model: Any, x: Any, sigmas: Any, extra_args: Any = None
-) -> tuple[Any, list[float]]:
+def _sampler(sitting: Sitting, show: Callable[[Any], Picture]) -> Callable[..., tuple[Any, list[float]]]:
     """In place of DiffusionKit's `sample_euler`: the same steps, told one by one, and its caches left clean.
 
     Without the clean-up a picture that was cancelled would leave a network whose modulations are cut out, and every
@@ -220,22 +219,25 @@ def _sample(
     """
     import mlx.core as mx
 
-    pipeline, given = model.model, dict(extra_args or {})
-    timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
-    n_steps = len(sigmas) - 1
-    sitting.enter("denoise")
-    model.cache_modulation_params(given.pop("pooled_conditioning"), timesteps)
-    try:
-        for i in range(n_steps):
-            denoised = model(x, timesteps[i], sigmas[i], **given)
-            x = denoised + (x - denoised) * (sigmas[i + 1] / sigmas[i])
-            mx.eval(x)
-            sitting.step(i + 1, n_steps, partial(show, denoised))
-    finally:
-        model.clear_cache()
-        pipeline.mmdit.clear_modulation_params_cache()
-    sitting.enter("decode")
-    return x, []
+    def sample(model: Any, x: Any, sigmas: Any, extra_args: Any = None) -> tuple[Any, list[float]]:
+        pipeline, given = model.model, dict(extra_args or {})
+        timesteps = pipeline.sampler.timestep(sigmas).astype(pipeline.activation_dtype)
+        n_steps = len(sigmas) - 1
+        sitting.enter("denoise")
+        try:
+            model.cache_modulation_params(given.pop("pooled_conditioning"), timesteps)
+            for i in range(n_steps):
+                denoised = model(x, timesteps[i], sigmas[i], **given)
+                x = denoised + (x - denoised) * (sigmas[i + 1] / sigmas[i])
+                mx.eval(x)
+                sitting.step(i + 1, n_steps, partial(show, denoised))
+        finally:
+            model.clear_cache()
+            pipeline.mmdit.clear_modulation_params_cache()
+        sitting.enter("decode")
+        return x, []
+
+    return sample
 
 
 @contextmanager
@@ -263,7 +265,7 @@ def _image_file(drawing: Drawing) -> Iterator[Path | None]:
         yield path
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------ loading
 
 
 class _Tokens:
@@ -431,7 +433,7 @@ def _noise(seed: int, latents: Any) -> Any:
 
     n, height, width, channels = latents.shape
     key: Any = seed if seed < _SEEDS_OF_NUMPY else [seed % _SEEDS_OF_NUMPY, seed // _SEEDS_OF_NUMPY]
-    drawn = np.random.RandomState(key).randn(n, channels, height, width).astype(np.float32)  # noqa: NPY002 - as it does
+    drawn = np.random.RandomState(key).randn(n, channels, height, width).astype(np.float32)
     return mx.array(drawn.transpose(0, 2, 3, 1))
 
 

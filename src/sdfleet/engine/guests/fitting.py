@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from sdfleet.domain import Drawing, StepCache, T5Use
+from sdfleet.domain import Drawing, StepCache, T5Use, Unsaid
 from sdfleet.engine.prompt import parse_prompt
 from sdfleet.errors import BrokenCheckpoint, UnsupportedByModel
 
@@ -143,13 +143,11 @@ def plain_prompt(text: str) -> str:
     return parsed.text if parsed.is_weighted else text
 
 
-def unsaid(fitted: Fit, wish: Wish) -> tuple[str, ...]:
+def unsaid(fitted: Fit, wish: Wish) -> tuple[Unsaid, ...]:
     """Names of the fields that had no part in the picture, for its metadata."""
-    found = [] if fitted.takes_guidance else ["guidance"]
+    found: list[Unsaid] = [] if fitted.takes_guidance else ["guidance"]
     if wish.sampler not in {None, SAMPLER}:
         found.append("sampler")
-    if wish.negative_prompt and not fitted.takes_negative_prompt:
-        found.append("negative_prompt")
     return tuple(found)
 
 

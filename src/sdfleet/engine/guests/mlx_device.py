@@ -72,4 +72,3 @@ def _most_bytes(mx: Any) -> int | None:
     # Above this, macOS may take memory away from the GPU in the middle of a step.
     most = mx.device_info().get("max_recommended_working_set_size")
     return None if most is None else int(most)
-

@@ -20,7 +20,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 Told = TypeVar("Told")
 Ended = TypeVar("Ended")
@@ -37,7 +37,7 @@ class Turns(Generic[Told, Ended]):
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guest")
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[Literal["on", "stop"]] = queue.SimpleQueue()
         self._is_playing = False
 
     def do(self, call: Callable[[], Answer]) -> Answer:
@@ -54,17 +54,17 @@ class Turns(Generic[Told, Ended]):
         said = self._said.get()
         if isinstance(said, Future):
             self._is_playing = False
-        return said  # type: ignore[no-any-return]  # one queue for two kinds of words
+        return said
 
     def go_on(self) -> Told | Future[Ended]:
         """Let the play run on from what it told last."""
-        self._wanted.put(True)
+        self._wanted.put("on")
         return self.heard()
 
     def stop(self) -> Future[Ended]:
         """Raise Stopped within the play, and give its end."""
         while True:
-            self._wanted.put(False)
+            self._wanted.put("stop")
             said = self.heard()
             if isinstance(said, Future):
                 return said
@@ -77,5 +77,5 @@ class Turns(Generic[Told, Ended]):
 
     def _tell(self, word: Told) -> None:
         self._said.put(word)
-        if not self._wanted.get():
+        if self._wanted.get() == "stop":
             raise Stopped
