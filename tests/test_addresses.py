@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import httpcore2
 import pytest
 
-from sdfleet.errors import InvalidValue
 from sdfleet.addresses import GuardedNetwork, check_url, is_public
+from sdfleet.errors import InvalidValue
 
 PRIVATE = [
     "127.0.0.1", "127.8.8.8", "0.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",

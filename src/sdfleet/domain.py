@@ -30,6 +30,8 @@ SafetyVerdict = Literal["passed", "flagged", "off", "none"]
 
 # What people call the ways to make pictures. sd, flux-local: this machine's own engine, by the kind of model.
 BACKENDS = ("sd", "flux-local", "flux-api", "mflux", "diffusionkit", "ollama", "fake")
+# Those of them that draw on no machine of ours: their jobs take no room here, and have so much there, in pictures.
+SERVICES = {"flux-api": 24}
 # What leaves the choice open, and what leaves open only which of the first two.
 AUTO, LOCAL = "auto", "local"
 

@@ -61,7 +61,8 @@ def drawn(here: Running) -> httpx2.Response:
 def test_a_model_is_loaded_pinned_unpinned_and_unloaded(server: Server) -> None:
     here = with_toy(server())
     assert model(here, "toy") == {
-        "name": "toy", "family": "sd", "loaded": False, "pinned": False, "size_bytes": 0, "jobs": 0, "expires_at": None
+        "name": "toy", "family": "sd", "loaded": False, "pinned": False, "size_bytes": 0, "jobs": 0, "expires_at": None,
+        "backend": None,
     }  # fmt: skip
     loaded = asked(here, "POST", "/api/models/toy/load").json()
     assert (loaded["loaded"], loaded["pinned"]) == (True, False)

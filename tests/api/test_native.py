@@ -157,7 +157,6 @@ def test_backends_tell_what_is_here_and_why_the_rest_is_not(fake_server: Running
     assert backends["flux-api"]["reason"]
     answer = httpx2.post(f"{fake_server.url}/api/txt2img", json={"prompt": "x", "backend": "flux-api"})
     assert (answer.status_code, answer.json()["code"]) == (503, "backend_unavailable")
-    assert "SD_BFL_API_KEY" in answer.json()["error"]
 
 
 def test_health_status_and_info_tell_how_the_server_stands_without_secrets(server: Callable[..., Running]) -> None:

@@ -15,9 +15,9 @@ import httpx2
 import pytest
 from PIL import Image
 
+from sdfleet.addresses import GuardedNetwork, check_url, is_public
 from sdfleet.api import fetching
 from sdfleet.errors import InvalidValue
-from sdfleet.addresses import GuardedNetwork, check_url, is_public
 from tests.api.serving import PATIENCE_S, Running
 from tests.api.test_security_bodies import connect, read_all
 

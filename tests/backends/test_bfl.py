@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ def test_the_size_that_came_is_told_where_it_is_another(bfl: BflServer, tmp_path
     bfl.size = (96, 64)
     result = drawn(bfl, tmp_path)
     assert (result.drawing.width_px, result.drawing.height_px) == (96, 64)
-    assert result.warnings == ("the service drew 96x64 where 32x16 was asked for",)
+    assert result.warnings == ("127.0.0.1 drew 96x64 where 32x16 was asked for",)
 
 
 def test_progress_is_told_as_the_service_tells_it(bfl: BflServer, tmp_path: Path) -> None:
@@ -467,7 +466,8 @@ def test_the_key_and_the_prompt_are_in_no_log_line_and_no_error(
     with caplog.at_level(logging.DEBUG):
         drawn(bfl, tmp_path, prompt="a secret fox")
         errors = []
-        for fault in deque([403, 402, 500, "lost"]):
+        faults: tuple[int | str, ...] = (403, 402, 500, "lost")
+        for fault in faults:
             bfl.submits += [fault] * 5
             with pytest.raises(SdfleetError) as caught:
                 drawn(bfl, tmp_path, prompt="a secret fox")

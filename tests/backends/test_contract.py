@@ -10,16 +10,19 @@ import pytest
 
 from sdfleet.backends.base import Backend
 from sdfleet.backends.fake import FakeBackend
+from sdfleet.backends.ollama_images import OllamaImages
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.errors import BadRequest, EngineDied, InUse, JobCancelled
+from tests.backends import ollama_server
 from tests.backends.bfl_server import BflServer, serving
 from tests.backends.drawings import drawing, endless, guest_backend, scripted_backend, scripted_pool
+from tests.backends.ollama_server import OllamaServer
 from tests.backends.services import bfl_backend
 
 Build = Callable[[], Backend]
 HERE: dict[str, Build] = {"fake": FakeBackend, "local": scripted_backend, "pool": scripted_pool, "guest": guest_backend}
-SERVICES = ("flux-api",)
+SERVICES = ("flux-api", "ollama")
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,18 @@ def bfl() -> Iterator[BflServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def ollama() -> Iterator[OllamaServer]:
+    with ollama_server.serving(OllamaServer(models={name: ["image"] for name in ("toy", "a", "b")})) as server:
+        yield server
+
+
 def _built(name: str, request: pytest.FixtureRequest, folder: Path) -> Build:
     if name in HERE:
         return HERE[name]
+    if name == "ollama":
+        url = request.getfixturevalue("ollama").url
+        return lambda: OllamaImages(url)
     server = request.getfixturevalue("bfl")
     return lambda: bfl_backend(server, folder)
 

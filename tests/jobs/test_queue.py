@@ -136,6 +136,28 @@ def test_a_large_job_is_not_passed_by_small_ones() -> None:
     assert chosen.job_id == "large"
 
 
+def test_jobs_of_a_service_neither_wait_for_the_device_nor_stand_in_its_way() -> None:
+    queue = queue_of(
+        waiting("away", model="pro", service="flux-api"),
+        waiting("also-away", model="pro", service="flux-api"),
+        waiting("here", model="sd"),
+        waiting("here-too", model="sd"),
+    )
+    assert [each.job_id for _ in range(2) if (each := queue.next(now_s=0.0, room=9, n_running=0))] == [
+        "here",
+        "here-too",
+    ]
+    assert queue.next(now_s=0.0, room=9) is None
+    first = queue.next_for_service(now_s=0.0, room=lambda _: True)
+    assert first is not None
+    assert first.job_id == "away"
+    assert queue.next_for_service(now_s=0.0, room=lambda _: False) is None
+    queue.add(waiting("last", model="sd"))
+    last = queue.next(now_s=0.0, room=9, n_running=1)
+    assert last is not None, "the model on the device is still sd"
+    assert queue.order(0.0) == ["also-away"]
+
+
 def test_late_jobs_are_given_back_and_wait_no_more() -> None:
     queue = queue_of(waiting("a", deadline_s=5.0), waiting("b", deadline_s=9.0), waiting("c"))
     assert queue.first_deadline_s() == 5.0

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdfleet.domain import (
+    BACKENDS,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     Caller,
@@ -79,6 +80,7 @@ def requests(draw: st.DrawFn) -> ImageRequest:
         "mask": st.just(mask),
         "strength": st.none() | st.floats(0, 1, exclude_min=True),
         "loras": st.lists(lora_uses, max_size=3).map(tuple),
+        "backend": st.none() | st.sampled_from(BACKENDS),
     }
     return draw(st.builds(ImageRequest, **{field.name: given.get(field.name, ...) for field in fields(ImageRequest)}))
 

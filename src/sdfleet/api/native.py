@@ -267,7 +267,7 @@ async def backends(request: Request) -> list[BackendAnswer]:
 def _backends(house: House) -> list[BackendAnswer]:
     backends = house.runtime.backends
     entries = house.catalog.entries()
-    default = house.settings.default_backend
+    default: str = house.settings.default_backend
     if default == AUTO:
         default = _default_of(house, house.settings.model)
     answers = []

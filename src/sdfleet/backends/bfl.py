@@ -10,13 +10,11 @@ What is not known to be final counts as pending. The key goes to the service's o
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 from urllib.parse import SplitResult, urlsplit
@@ -25,20 +23,19 @@ from sdfleet.addresses import check_url
 from sdfleet.backends.base import BackendState, Capabilities, OnProgress
 from sdfleet.backends.bfl_answers import details_of, number_of, object_of, refusal, retry_after_s, seed_of, text_of
 from sdfleet.backends.bfl_models import ID, MODELS, Model, body_of
+from sdfleet.backends.errands import Errands, ended
 from sdfleet.backends.orders import Order, Orders
+from sdfleet.backends.sent_pictures import as_asked, as_base64, as_drawn
 from sdfleet.backends.web import Answer, BadAnswer, Lost, Unreachable, Web
-from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Picture, Progress
+from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Progress
 from sdfleet.errors import (
     BackendFailed,
     BackendUnavailable,
-    BadRequest,
     BrokenPicture,
     CreditsNeeded,
-    EngineDied,
     InvalidValue,
     JobCancelled,
     Moderated,
-    SdfleetError,
 )
 from sdfleet.storage import pictures
 
@@ -70,14 +67,6 @@ class Pace:
     busy_s: float = 300.0
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One `generate` that has not ended. stop: set with what it ends with, from outside."""
-
-    stop: asyncio.Future[SdfleetError]
-    is_under_way: bool = False
-
-
 class BflBackend:
     """Draws at Black Forest Labs; see `Backend` for the face. Belongs to one event loop.
 
@@ -105,10 +94,10 @@ class BflBackend:
         private = not _is_theirs(self._place)
         self._orderer = Web(allow_private=private, keeps=False)
         self._asker = Web(allow_private=private)
-        self._jobs: dict[JobId, _Job] = {}
+        self._errands = Errands(ID)
+        self._n_under_way = 0
         self._room = asyncio.Semaphore(MOST_ACTIVE)
         self._why_not = ""
-        self._is_closed = False
 
     @property
     def host(self) -> str:
@@ -116,41 +105,32 @@ class BflBackend:
         return self._place.hostname or ""
 
     def capabilities(self) -> Capabilities:
-        n_running = sum(job.is_under_way for job in self._jobs.values())
-        state: BackendState = "closed" if self._is_closed else "unavailable" if self._why_not else "ready"
+        is_closed = self._errands.is_closed
+        state: BackendState = "closed" if is_closed else "unavailable" if self._why_not else "ready"
+        n_running = min(len(self._errands), self._n_under_way)
         return Capabilities(
             name=ID,
             state=state,
-            reason="the backend was closed" if self._is_closed else self._why_not,
+            reason="the backend was closed" if is_closed else self._why_not,
             n_running=n_running,
-            n_waiting=len(self._jobs) - n_running,
+            n_waiting=len(self._errands) - n_running,
             facts={"device": self.host},
         )
 
     async def start(self) -> None:
-        self._check_is_open()
+        self._errands.check_is_open()
 
     async def generate(self, drawing: Drawing, on_progress: OnProgress | None = None) -> ImageResult:
-        self._check_is_open()
-        if drawing.job_id in self._jobs:
-            raise BadRequest(f"job {drawing.job_id} is being drawn already")
-        job = self._jobs[drawing.job_id] = _Job(asyncio.get_running_loop().create_future())
-        work = asyncio.ensure_future(self._draw(drawing, job, on_progress))
-        try:
-            await asyncio.wait({work, job.stop}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            raise job.stop.result()
-        finally:
-            del self._jobs[drawing.job_id]
-            await _ended(work)
+        return await self._errands.run(drawing.job_id, self._draw(drawing, on_progress))
 
     async def watch(self, job_id: JobId, *, previews: bool) -> None:
         """Nothing: there are no previews."""
 
     async def cancel(self, job_id: JobId) -> None:
         """Nobody waits for it any more; the service cannot be told, and may charge it."""
-        self._stop(job_id, JobCancelled(f"job {job_id} was cancelled", hint="what was ordered may still be charged"))
+        self._errands.stop(
+            job_id, JobCancelled(f"job {job_id} was cancelled", hint="what was ordered may still be charged")
+        )
 
     async def load(self, drawing: Drawing) -> None:
         """Nothing: the service has its models ready."""
@@ -162,38 +142,27 @@ class BflBackend:
         """Nothing is held here."""
 
     async def close(self) -> None:
-        self._is_closed = True
-        for job_id in list(self._jobs):
-            self._stop(job_id, EngineDied("the backend was closed before the job was done"))
+        self._errands.close()
         await self._orderer.close()
         await self._asker.close()
 
-    def _check_is_open(self) -> None:
-        if self._is_closed:
-            raise EngineDied(f"the backend {ID} is closed")
-
-    def _stop(self, job_id: JobId, error: SdfleetError) -> None:
-        job = self._jobs.get(job_id)
-        if job is not None and not job.stop.done():
-            job.stop.set_result(error)
-
     # ------------------------------------------------------------------------------------------------------ one job
 
-    async def _draw(self, drawing: Drawing, job: _Job, on_progress: OnProgress | None) -> ImageResult:
+    async def _draw(self, drawing: Drawing, on_progress: OnProgress | None) -> ImageResult:
         model = self._models[drawing.checkpoint.replace("\\", "/").rpartition("/")[2]]
         begun_s = time.monotonic()
-        image, mask = await asyncio.to_thread(lambda: (_as_base64(drawing.image), _as_base64(drawing.mask)))
+        image, mask = await asyncio.to_thread(lambda: (as_base64(drawing.image), as_base64(drawing.mask)))
         tasks = [
-            asyncio.create_task(self._picture(_Ordered(drawing, index, model, job, on_progress), image, mask))
+            asyncio.create_task(self._picture(_Ordered(drawing, index, model, on_progress), image, mask))
             for index in range(drawing.n_images)
         ]
         try:
             found = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                await _ended(task)
+                await ended(task)
         spent_s = round(time.monotonic() - begun_s, 4)
-        drawn, warnings = _as_drawn(drawing, [one.picture for one in found])
+        drawn, warnings = as_drawn(drawing, [one.picture for one in found], by=self.host)
         return ImageResult(
             job_id=drawing.job_id,
             model=drawing.checkpoint,
@@ -211,26 +180,36 @@ class BflBackend:
         name = drawing.checkpoint.replace("\\", "/").rpartition("/")[2]
         digest = await asyncio.to_thread(_digest, name, body)
         async with self._room:
-            asked.job.is_under_way = True
-            order = await asyncio.to_thread(self._orders.find, drawing.job_id, index, digest=digest)
-            if order is None:
-                order = await self._order(asked, name, body, digest=digest)
-            elif order.state == "sending":
-                await self._drop(asked)
-                raise _not_known(f"the server ended while it ordered picture {index} of this job")
-            content = None
-            if order.state == "fetched":
-                content = await asyncio.to_thread(self._orders.kept, drawing.job_id, index)
-            if content is None:
-                content, order = await self._wait(asked, order)
+            self._n_under_way += 1
+            try:
+                content, order = await self._brought(asked, name, body, digest=digest)
+            finally:
+                self._n_under_way -= 1
         try:
-            picture = await asyncio.to_thread(_decoded, content, drawing)
+            picture = await asyncio.to_thread(as_asked, content, drawing)
         except BrokenPicture as exc:
             await self._drop(asked)
             raise BackendFailed(f"{self.host} sent what is no picture: {exc.message}") from exc
         asked.tell(drawing.steps)
         seed = drawing.seed + index if order.seed is None else order.seed
         return FinishedPicture(picture=picture, seed=seed, reproducible=False, cost_credits=order.cost_credits)
+
+    async def _brought(
+        self, asked: _Ordered, name: str, body: Mapping[str, object], *, digest: str
+    ) -> tuple[bytes, Order]:
+        """The picture's file: of an order made before, else of one made now."""
+        job_id, index = asked.drawing.job_id, asked.index
+        order = await asyncio.to_thread(self._orders.find, job_id, index, digest=digest)
+        if order is None:
+            order = await self._order(asked, name, body, digest=digest)
+        elif order.state == "sending":
+            await self._drop(asked)
+            raise _not_known(f"the server ended while it ordered picture {index} of this job")
+        if order.state == "fetched":
+            content = await asyncio.to_thread(self._orders.kept, job_id, index)
+            if content is not None:
+                return content, order
+        return await self._wait(asked, order)
 
     async def _drop(self, asked: _Ordered) -> None:
         await asyncio.to_thread(self._orders.drop, asked.drawing.job_id, asked.index)
@@ -240,17 +219,12 @@ class BflBackend:
     async def _order(self, asked: _Ordered, name: str, body: Mapping[str, object], *, digest: str) -> Order:
         """The picture ordered, and that noted. Raises what the service refuses it with."""
         job_id, index = asked.drawing.job_id, asked.index
-        url = f"{self._endpoint}/v1/{name}"
-        sending = await asyncio.to_thread(self._orders.send, job_id, index, digest=digest)
-        answer = await self._asked_patiently(lambda: self._submit(url, body, asked))
-        if not answer.is_good:
-            await self._drop(asked)
-            self._refuse(answer)
+        answer = await self._submit_patiently(asked, f"{self._endpoint}/v1/{name}", body, digest=digest)
         self._why_not = ""
         try:
             told = answer.json()
-            order = replace(
-                sending, state="ordered", ordered_s=self._clock(), id=text_of(told, "id"),
+            order = Order(
+                digest=digest, state="ordered", ordered_s=self._clock(), id=text_of(told, "id"),
                 polling_url=text_of(told, "polling_url"), cost_credits=number_of(told.get("cost")),
             )  # fmt: skip
         except BadAnswer as exc:
@@ -261,38 +235,49 @@ class BflBackend:
         log.info("picture ordered", extra={"backend": ID, **facts})
         return order
 
-    async def _submit(self, url: str, body: Mapping[str, object], asked: _Ordered) -> Answer:
+    async def _submit_patiently(self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str) -> Answer:
+        """The answer to an order that was taken; asked for again while the service is busy, at fault, or not reached.
+
+        Raises what it is refused with.
+        """
+        pause_s, n_faults, begun_s = self._pace.first_pause_s, 0, time.monotonic()
+        while True:
+            answer, why = await self._submit(asked, url, body, digest=digest)
+            wait_s = pause_s
+            if answer is None:
+                n_faults += 1
+            elif answer.is_good:
+                return answer
+            elif answer.status == 429:
+                wait_s = retry_after_s(answer, now_s=self._clock()) or pause_s
+                if time.monotonic() - begun_s + wait_s > self._pace.busy_s:
+                    self._refuse(answer)
+            elif answer.status >= 500 and n_faults + 1 < N_TRIES:
+                n_faults += 1
+            else:
+                self._refuse(answer)
+            if n_faults >= N_TRIES:
+                self._why_not = why
+                raise BackendUnavailable(ID, why, hint="is this machine connected?")
+            await asyncio.sleep(wait_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _submit(
+        self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str
+    ) -> tuple[Answer | None, str]:
+        """The answer; None, and why, where the service is not reached. While nobody knows it stands as `sending`."""
+        await asyncio.to_thread(self._orders.send, asked.drawing.job_id, asked.index, digest=digest)
         try:
-            return await self._orderer.ask("POST", url, headers={"x-key": self._key}, body=body)
+            answer = await self._orderer.ask("POST", url, headers={"x-key": self._key}, body=body)
+        except Unreachable as exc:
+            await self._drop(asked)
+            return None, f"{self.host} is not reached: {exc}"
         except (Lost, BadAnswer) as exc:
             await self._drop(asked)
             raise _not_known(f"the connection to {self.host} broke while a picture was ordered: {exc}") from exc
-
-    async def _asked_patiently(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer, asked for again while the service has too much to do or a fault, or is not reached."""
-        pause_s, n_faults, begun_s = self._pace.first_pause_s, 0, time.monotonic()
-        while True:
-            why, wait_s = "", pause_s
-            try:
-                answer = await ask()
-            except Unreachable as exc:
-                why = f"{self.host} is not reached: {exc}"
-            else:
-                if answer.status == 429:
-                    wait_s = retry_after_s(answer, now_s=self._clock()) or pause_s
-                    if time.monotonic() - begun_s + wait_s > self._pace.busy_s:
-                        return answer
-                    n_faults -= 1  # no fault: it wants fewer at once
-                elif answer.status < 500:
-                    return answer
-            n_faults += 1
-            if n_faults >= N_TRIES:
-                if why:
-                    self._why_not = why
-                    raise BackendUnavailable(ID, why, hint="is this machine connected?")
-                return answer
-            await asyncio.sleep(wait_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        if not answer.is_good:
+            await self._drop(asked)
+        return answer, ""
 
     def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what an answer that is no 2xx means."""
@@ -419,7 +404,6 @@ class _Ordered:
     drawing: Drawing
     index: int
     model: Model
-    job: _Job
     on_progress: OnProgress | None
     told: int = 0
 
@@ -448,36 +432,5 @@ def _is_theirs(parts: SplitResult) -> bool:
     return host == DOMAIN or host.endswith(f".{DOMAIN}")
 
 
-async def _ended(task: asyncio.Task[object] | asyncio.Future[object]) -> None:
-    """Have a task end, whatever it ends with."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, SdfleetError):
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
-
-
-def _as_base64(picture: Picture | None) -> str | None:
-    return None if picture is None else base64.b64encode(pictures.encode(picture, "png")).decode()
-
-
 def _digest(name: str, body: Mapping[str, object]) -> str:
     return hashlib.sha256(f"{name}\n{json.dumps(body, sort_keys=True)}".encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _decoded(content: bytes, drawing: Drawing) -> Picture:
-    picture = pictures.decode(content)
-    if drawing.resize_to is None:
-        return picture
-    return pictures.resize(picture, width_px=drawing.resize_to[0], height_px=drawing.resize_to[1])
-
-
-def _as_drawn(drawing: Drawing, found: Collection[Picture]) -> tuple[Drawing, tuple[str, ...]]:
-    """The drawing with the size that came, and what to tell where that is another."""
-    sizes = {(picture.width_px, picture.height_px) for picture in found}
-    if drawing.resize_to is not None or sizes <= {(drawing.width_px, drawing.height_px)}:
-        return drawing, ()
-    width_px, height_px = max(sizes)
-    asked = f"{drawing.width_px}x{drawing.height_px}"
-    told = f"the service drew {width_px}x{height_px} where {asked} was asked for"
-    return replace(drawing, width_px=width_px, height_px=height_px), (told,)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from sdfleet.backends.base import Backend, BackendState, Capabilities, OnProgress
 from sdfleet.catalog.cards import Card, Family
 from sdfleet.catalog.store import Catalog, Entry
-from sdfleet.domain import AUTO, LOCAL, Drawing, ImageRequest, ImageResult, JobId
+from sdfleet.domain import AUTO, BACKENDS, LOCAL, Drawing, ImageRequest, ImageResult, JobId
 from sdfleet.errors import (
     BackendNotNamed,
     BackendUnavailable,
@@ -218,11 +218,16 @@ class Backends:
             state: BackendState = "unavailable" if why and now.state != "closed" else now.state
             why = why or (now.reason if now.state in {"unavailable", "closed"} else "")
             told.append(Standing(id=way.id, engine=now.name, state=state, reason=why))
+        known = {each.id for each in told} | {FAKE}
+        missing = [name for name in BACKENDS if name not in known]
+        told += [Standing(id=n, engine=n, state="unavailable", reason=self._why_not_here(n)) for n in missing]
         return tuple(told)
 
     def models_of(self, name: str, entries: Sequence[Entry]) -> list[str]:
         """The models that a backend draws, of these and of its own; none of one that cannot be used. Blocks."""
         way = self._others.get(name)
+        if way is None and name not in {*OWN, FAKE}:
+            return []
         if way is None:
             families = OWN.get(name)
             here = [entry.card for entry in entries if entry.card.backend is None]

@@ -6,14 +6,16 @@ from sdfleet.backends import bfl_models
 from sdfleet.backends.absent import AbsentBackend
 from sdfleet.backends.choice import Way
 from sdfleet.backends.guests.ways import ways
+from sdfleet.catalog.cards import Card
 from sdfleet.catalog.store import Catalog
+from sdfleet.domain import ImageRequest
 from sdfleet.engine.events import EngineOptions
 from sdfleet.settings import Settings
 
 
 def others(settings: Settings) -> tuple[Way, ...]:
     """Every way there is a name for, also those that cannot be used now: they say why."""
-    return (_bfl(settings), *_guests(settings))
+    return (_bfl(settings), _ollama(settings), *_guests(settings))
 
 
 def _bfl(settings: Settings) -> Way:
@@ -39,6 +41,31 @@ def _bfl(settings: Settings) -> Way:
         service=backend.host,
         is_ours=False,
     )
+
+
+def _ollama(settings: Settings) -> Way:
+    if settings.ollama_url is None:
+        reason = "no Ollama is named: SD_OLLAMA_URL, for example http://127.0.0.1:11434"
+        return Way(id="ollama", backend=AbsentBackend("ollama", reason), reason=lambda: reason, check=_nothing)
+    from sdfleet.backends.ollama_images import ID, OllamaImages, check
+
+    backend = OllamaImages(settings.ollama_url)
+    return Way(
+        id=ID,
+        backend=backend,
+        reason=backend.reason,
+        check=check,
+        cards=backend.cards,
+        is_ours=False,
+        # Last: a picture drawn there may push a language model out of its memory.
+        rank=30,
+        look=backend.look,
+    )
+
+
+def _nothing(_card: Card, _request: ImageRequest) -> tuple[str, ...]:
+    """What `Way.check` is for what has no models."""
+    return ()
 
 
 def _guests(settings: Settings) -> tuple[Way, ...]:

@@ -27,7 +27,7 @@ LARGE_SHARE = 0.1
 HUNG_S = 1800.0
 HUNG_TIMES = 20.0
 # Codes that tell of the request or of a person's wish, not of the machine.
-NOT_OF_THE_MACHINE = frozenset({"cancelled", "deadline_exceeded", "content_withheld"})
+NOT_OF_THE_MACHINE = frozenset({"cancelled", "deadline_exceeded", "content_withheld", "moderated"})
 
 
 def port(machine: Machine) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdfleet.doctor import devices, files, hubs, installation, memory, models, serving
+from sdfleet.doctor import backends, devices, files, hubs, installation, memory, models, serving
 from sdfleet.doctor.entry import Entry
 from sdfleet.errors import UnknownName
 
@@ -16,6 +16,7 @@ GROUPS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
     ("The server", serving.ENTRIES),
     ("Models", models.ENTRIES),
     ("Hubs: downloads, 401 and 403", hubs.ENTRIES),
+    ("Other backends", backends.ENTRIES),
 )
 ENTRIES: tuple[Entry, ...] = tuple(entry for _, entries in GROUPS for entry in entries)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from sdfleet.domain import Job, JobId, OwnerId
+from sdfleet.domain import SERVICES, Job, JobId, OwnerId
 from sdfleet.jobs.estimates import DeviceClock, Estimates
 from sdfleet.jobs.forecasts import Forecasts, shape_of
 from sdfleet.jobs.live import Live
@@ -117,6 +117,7 @@ class Board:
             deadline_s=None if deadline_s is None else job.created_s + deadline_s,
             megapixels=shape.width_px * shape.height_px / 2**20,
             steps=shape.steps,
+            service=job.request.backend if job.request.backend in SERVICES else "",
         )
         self.queue.add(waiting)
         self.wake.set()
@@ -127,18 +128,23 @@ class Board:
 
 
 class Begun:
-    """A job's room on the device, from its turn until its pictures are drawn."""
+    """A job's room on the device, from its turn until its pictures are drawn; one of a service has none there."""
 
     def __init__(self, board: Board, waiting: Waiting) -> None:
         self.waiting = waiting
         self._board = board
-        self._receipt: tuple[int, float] | None = board.device.begin(waiting.n_pictures, now_s=time.monotonic())
+        self._begun_s = time.monotonic()
+        n_pictures = 0 if waiting.service else waiting.n_pictures
+        self._receipt: tuple[int, float] | None = board.device.begin(n_pictures, now_s=self._begun_s)
 
     def leave_device(self) -> float:
-        """The device time the job had, in seconds; 0 if it had left before."""
+        """The device time the job had, in seconds, a service's where it drew; 0 if it had left before."""
         if self._receipt is None:
             return 0.0
-        spent_s = self._board.device.end(self._receipt, now_s=time.monotonic())
+        now_s = time.monotonic()
+        spent_s = self._board.device.end(self._receipt, now_s=now_s)
+        if self.waiting.service:
+            spent_s = now_s - self._begun_s
         self._receipt = None
         self._board.wake.set()
         return spent_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from sdfleet.domain import SERVICES
 from sdfleet.jobs.board import Board
 from sdfleet.jobs.queue import FairQueue, Waiting
 
@@ -24,7 +25,10 @@ class Chooser(Protocol):
 
 
 class OneDevice:
-    """The rule for this machine's own backend. max_pictures: given to it at once, counted and not jobs."""
+    """The rule for this machine's own backend, and for services, which do not share its room.
+
+    max_pictures: given to it at once, counted and not jobs.
+    """
 
     def __init__(self, board: Board, *, max_pictures: int) -> None:
         self._board = board
@@ -35,7 +39,13 @@ class OneDevice:
         board, most = self._board, self._max_pictures
         is_behind = board.n_storing > 2 * most
         room = 0 if is_behind else most - board.device.n_pictures
+        if not is_behind and (found := queue.next_for_service(now_s=now_s, room=self._has_room)) is not None:
+            return found
         return queue.next(now_s=now_s, room=room, n_running=board.device.n_pictures + is_behind)
+
+    def _has_room(self, waiting: Waiting) -> bool:
+        n_there = sum(each.n_pictures for each in self._board.running.values() if each.service == waiting.service)
+        return not n_there or n_there + waiting.n_pictures <= SERVICES[waiting.service]
 
     def on_change(self, wake: Callable[[], None]) -> None:
         """Nothing: the desk sees all that happens to this device."""

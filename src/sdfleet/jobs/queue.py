@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sdfleet.domain import JobId, OwnerId
@@ -40,6 +40,7 @@ class Waiting:
     same for all (the desk counts pixels times steps); an owner's turn comes by what its jobs cost.
     arrived_s, deadline_s: on one clock; after `deadline_s` nobody wants it any more.
     megapixels, steps: of one picture, for whoever knows how long that takes where.
+    service: who draws it, where that is no machine of ours (see domain.SERVICES): it takes no room on the device.
     """
 
     job_id: JobId
@@ -52,6 +53,7 @@ class Waiting:
     deadline_s: float | None = None
     megapixels: float = 0.0
     steps: int = 0
+    service: str = ""
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class FairQueue:
         self._lines: dict[OwnerId, _Line] = {}
         self._keys: dict[JobId, tuple[float, int, Waiting]] = {}
         self._n_arrived = 0
+        self._n_for_services = 0
         # Start-time fair queueing: who begins to wait starts where the last one served stood, so that neither a long
         # silence nor a long use in the past counts.
         self._floor = 0.0
@@ -112,6 +115,7 @@ class FairQueue:
         key = (waiting.arrived_s - self._aging_s * waiting.priority, self._n_arrived, waiting)
         bisect.insort(line.jobs, key, key=lambda entry: entry[:2])
         self._keys[waiting.job_id] = key
+        self._n_for_services += bool(waiting.service)
         self.version += 1
         return True
 
@@ -122,6 +126,7 @@ class FairQueue:
             return None
         jobs = self._lines[key[2].owner].jobs
         del jobs[bisect.bisect_left(jobs, key[:2], key=lambda entry: entry[:2])]
+        self._n_for_services -= bool(key[2].service)
         self.version += 1
         return key[2]
 
@@ -129,7 +134,8 @@ class FairQueue:
         """The job whose turn it is, taken out; None if nobody waits or it must wait for the device.
 
         room: how many more pictures the device takes. n_running: how many it is drawing; with 0 anything fits.
-        A large job is not passed by small ones, and another model waits until the device is empty.
+        A large job is not passed by small ones, and another model waits until the device is empty. Jobs of services
+        are none of its business, see `next_for_service`.
         """
         best = self._best(now_s)
         if best is None:
@@ -139,6 +145,15 @@ class FairQueue:
             return None
         self._take(chosen, now_s)
         return chosen
+
+    def next_for_service(self, *, now_s: float, room: Callable[[Waiting], bool]) -> Waiting | None:
+        """The first job of a service that has room for it, taken out; None if there is none."""
+        if not self._n_for_services:
+            return None
+        found = next((each for each in self.in_order(now_s) if each.service and room(each)), None)
+        if found is not None:
+            self._take(found, now_s)
+        return found
 
     def late(self, now_s: float) -> list[Waiting]:
         """Jobs whose deadline has passed, taken out."""
@@ -192,7 +207,8 @@ class FairQueue:
         """The first in rank of each owner's first job (of this model), and its rank."""
         found: tuple[_Rank, Waiting] | None = None
         for line in self._lines.values():
-            key = next((each for each in line.jobs if model is None or each[2].model == model), None)
+            fits = (each for each in line.jobs if not each[2].service and (model is None or each[2].model == model))
+            key = next(fits, None)
             if key is None:
                 continue
             rank = self._rank(key, share=line.share, served_s=line.served_s, now_s=now_s)
@@ -211,7 +227,7 @@ class FairQueue:
 
     def _take(self, waiting: Waiting, now_s: float) -> None:
         self.remove(waiting.job_id)
-        if waiting.model != self._model:
+        if not waiting.service and waiting.model != self._model:
             self._model = waiting.model
             self._due_since.pop(waiting.model, None)
         line = self._lines[waiting.owner]
