@@ -1,12 +1,14 @@
 """A fleet of real processes on this machine beside the simulation of it, and what its status costs.
 
-    python benchmarks/fleet_real.py                       # all three; two minutes
+    python benchmarks/fleet_real.py                       # all of it; two minutes
     python benchmarks/fleet_real.py --parts sim --load 85
 
 sim     three nodes with made-up pictures, of speed 1, 2 and 4, under a load of Poisson arrivals, through HTTP, broker
         and disk; the same arrivals in fleet_sim.py, which knows nothing of messages and disks. Goal: within 15 %.
 equal   six equal jobs on two idle equal nodes, over the ideal time. Goal: 1.1.
 status  /fleet/status, asked one after the other while nothing is drawn. Goal: p50 under 2 ms.
+http    one small picture after the other through router and node, and through one server without a fleet, turn about;
+        both answer over HTTP and store the job and the picture. Goal: p50 under 5 ms and p99 under 25 ms more.
 
 Wants a quiet machine: seconds that a process waits for a core are in the real numbers and not in the simulated ones.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import math
 import random
@@ -22,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -33,12 +36,14 @@ from benchmarks import fleet_sim
 from benchmarks.fleet_sim import Machine, Ours, Outcome, Task
 
 from sdfleet.fleet.cost import Curve
-from tests.fleet.real_fleet import PATIENCE_S, RealFleet, real_fleet
+from tests.fleet.brokers import free_port
+from tests.fleet.real_fleet import PATIENCE_S, Program, RealFleet, real_fleet
 
 SPEEDS = {"n1": 1.0, "n2": 2.0, "n4": 4.0}
 # Seconds of a step at speed 1: a job of the mean length takes 2 s there.
 STEP_S = 0.25
 MEAN_STEPS, STEPS_SIGMA, MOST_STEPS = 8, 0.7, 40
+PARTS = ("status", "http", "equal", "sim")
 EQUAL_STEPS, EQUAL_STEP_S = 20, 0.1
 MODEL = "starter"
 
@@ -57,7 +62,10 @@ def arrivals(load: float, n_jobs: int, *, seed: int) -> list[tuple[float, int]]:
 def simulated(jobs: Sequence[tuple[float, int]]) -> Outcome:
     """What fleet_sim.py makes of them."""
     fleet_sim.MODELS[:] = [MODEL]
-    machines = [Machine(number, speed, 1, 0.0, 1, Curve()) for number, speed in enumerate(SPEEDS.values())]
+    # As the warm-up before leaves the real ones: with the model in memory.
+    machines = [
+        Machine(number, speed, 1, 0.0, 1, Curve(), models=[MODEL]) for number, speed in enumerate(SPEEDS.values())
+    ]
     tasks = [Task(number, MODEL, now_s, steps * STEP_S, steps * STEP_S) for number, (now_s, steps) in enumerate(jobs)]
     return fleet_sim.play(Ours(machines, 0), machines, tasks)
 
@@ -130,9 +138,49 @@ def status(folder: Path, *, n_asked: int = 500) -> None:
     )
 
 
+@contextlib.contextmanager
+def one_server(folder: Path) -> Iterator[str]:
+    """`sdfleet serve` with made-up pictures, as the router's nodes make them; its address."""
+    folder.mkdir(parents=True)
+    port = free_port()
+    env = {"SD_HOME": folder / "home", "SD_BACKEND": "fake", "SD_PORT": port, "SD_LOG_JSON": 1}
+    server = Program(words=("serve",), env=env, log=folder / "server.log")
+    server.start()
+    try:
+        while True:
+            server.check()
+            with contextlib.suppress(httpx2.HTTPError):
+                httpx2.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_S).raise_for_status()
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.end()
+
+
+def by_http(folder: Path, *, n_asked: int = 200) -> None:
+    asked = {"model": MODEL, "prompt": "a red circle", "width": 64, "height": 64, "steps": 1}
+    spans_s: dict[str, list[float]] = {"one server": [], "router, node": []}
+    with real_fleet(folder) as fleet, one_server(folder / "alone") as alone:
+        fleet.add_node("n1", SD_BACKEND="fake")
+        fleet.wait_for_nodes()
+        with httpx2.Client(timeout=PATIENCE_S) as client:
+            for number in range(20 + n_asked):
+                for name, url in zip(spans_s, (alone, fleet.url), strict=True):
+                    begun_s = time.perf_counter()
+                    answer = client.post(f"{url}/api/generate-image", json={**asked, "seed": number})
+                    answer.raise_for_status()
+                    if number >= 20:
+                        spans_s[name].append(time.perf_counter() - begun_s)
+    both = zip(*spans_s.values(), strict=True)
+    for name, of_name in (*spans_s.items(), ("added", [fleet_s - alone_s for alone_s, fleet_s in both])):
+        cuts = statistics.quantiles(of_name, n=100)
+        print(f"{name:<14} p50 {cuts[49] * 1e3:7.2f} ms   p95 {cuts[94] * 1e3:7.2f} ms   p99 {cuts[98] * 1e3:7.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=("status", "equal", "sim"), default=["status", "equal", "sim"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--load", type=int, default=60, help="percent of the fleet's speed")
     parser.add_argument("--jobs", type=int, default=160)
     parser.add_argument("--seed", type=int, default=1)
@@ -142,6 +190,8 @@ def main() -> None:
             here = Path(folder) / part
             if part == "status":
                 status(here)
+            elif part == "http":
+                by_http(here)
             elif part == "equal":
                 six_equal_jobs(here)
             else:

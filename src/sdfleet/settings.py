@@ -235,6 +235,8 @@ class Settings(BaseSettings):
     """Servers of that cluster that keep each accepted job; 3 outlive the loss of one."""
     discovery: bool = True
     """Whether a router tells the local network its address, and a node looks for one there (mDNS)."""
+    join_requests: bool = True
+    """Whether a machine without a join code may ask a router to be let in, which a person then approves."""
     node_name: str | None = None
     """What a node is called; this machine's name when not set."""
     node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None

@@ -169,12 +169,6 @@ def test_a_limit_keeps_jobs_away(router: Running) -> None:
     assert router.call(router.house.desk.wait(job)).state == "done"
 
 
-def test_weights_are_pulled_only_with_a_yes_at_the_node(router: Running) -> None:
-    answer = httpx2.post(f"{router.url}/fleet/nodes/n1/pull", json={"model": "sd15"})
-    assert (answer.status_code, answer.json()["code"]) == (409, "confirmation_required")
-    assert "sdfleet models pull sd15" in answer.json()["hint"]
-
-
 @pytest.mark.parametrize("verb", ["approve", "revoke", "drain", "undrain"])
 def test_a_node_that_does_not_exist_is_named_in_the_refusal(router: Running, verb: str) -> None:
     answer = httpx2.post(f"{router.url}/fleet/nodes/nobody/{verb}")

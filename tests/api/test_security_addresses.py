@@ -248,8 +248,7 @@ def test_no_name_in_a_body_opens_a_file(with_secret: tuple[Running, Path], name:
                 assert "root:" not in answer.text
     assert {path.name for path in home.iterdir()} <= {
         "secret.toml", "models", "outputs", "signing.key", "server.lock", "server.pid", "sdfleet.db", "sdfleet.db-wal",
-        "sdfleet.db-shm",
-        "cache", "logs",
+        "sdfleet.db-shm", "server.json", "cache", "logs",
     }  # fmt: skip
 
 

@@ -17,7 +17,12 @@ from tests.api.serving import Running
 Right = str | None
 
 # Needs no key: what a browser or a load balancer reads before anybody signs in. Links carry a signature instead.
-PUBLIC = {("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("GET", "/api/version"), ("GET", "/files/{output_id}")}
+# The pages know nothing: what they show they ask for, with the key that somebody signs in with.
+PUBLIC = {
+    ("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("GET", "/api/version"), ("GET", "/files/{output_id}"),
+    ("GET", "/studio"), ("GET", "/dashboard"), ("GET", "/static/{version}/{name:path}"),
+    ("GET", "/session"), ("POST", "/session"), ("DELETE", "/session"),
+}  # fmt: skip
 # Any key will do: lists of names, and what a program asks before it shows anything.
 ANY = {
     *(("GET", path) for path in ("/openapi.json", "/status", "/v1/models", "/v1/models/{name:path}", "/v1/get_result")),
@@ -34,17 +39,21 @@ ANY = {
         ("POST", f"/sdapi/v1/{name}")
         for name in (
             "options", "png-info", "interrogate", "refresh-checkpoints", "refresh-loras", "refresh-vae",
-            "refresh-embeddings", "reload-checkpoint", "unload-checkpoint",
+            "refresh-embeddings",
         )
     ),
     # One's own jobs and pictures.
     ("GET", "/api/jobs"), ("GET", "/api/jobs/{job_id}"), ("GET", "/api/jobs/{job_id}/events"), ("GET", "/api/outputs"),
     ("GET", "/api/outputs/{output_id}"), ("GET", "/api/outputs/{output_id}/thumbnail"),
+    ("GET", "/api/outputs/{output_id}/metadata"), ("POST", "/api/metadata"),
 }  # fmt: skip
 READ = {
     ("GET", "/info"), ("GET", "/metrics"), ("GET", "/api/tags"), ("GET", "/api/ps"), ("POST", "/api/show"),
     ("GET", "/api/image-models"), ("GET", "/dashboard/api/image-stats"), ("GET", "/fleet/status"),
     ("GET", "/fleet/queue"), ("GET", "/v1/credits"), ("GET", "/api/backends"), ("GET", "/sdapi/v1/memory"),
+    ("GET", "/api/models"), ("GET", "/api/models/cards"), ("GET", "/api/samplers"), ("POST", "/api/tokens"),
+    *(("GET", f"/dashboard/api/{name}") for name in ("health", "series", "settings", "traces")),
+    ("GET", "/dashboard/events"), ("GET", "/fleet/jobs/{job_id}/why"),
 }  # fmt: skip
 GENERATE = {
     *(("POST", f"/v1/images/{name}") for name in ("generations", "edits", "variations")),
@@ -55,9 +64,21 @@ GENERATE = {
     ("POST", "/api/generate"), ("POST", "/api/generate-image"), ("POST", "/v1/flux-{kind}"), ("POST", "/generate"),
     ("POST", "/api/txt2img"), ("POST", "/api/img2img"), ("POST", "/api/jobs"), ("POST", "/api/jobs/{job_id}/retry"),
     ("DELETE", "/api/jobs/{job_id}"), ("DELETE", "/api/outputs/{output_id}"),
+    ("PUT", "/api/outputs/{output_id}/favourite"), ("DELETE", "/api/outputs/{output_id}/favourite"),
 }  # fmt: skip
 
-MANAGE = {("POST", "/api/pull"), ("DELETE", "/api/delete")}
+MANAGE = {
+    ("POST", "/api/pull"), ("DELETE", "/api/delete"),
+    ("POST", "/sdapi/v1/reload-checkpoint"), ("POST", "/sdapi/v1/unload-checkpoint"),
+    *(("POST", f"/api/models/{{name:path}}/{verb}") for verb in ("load", "unload", "pin", "unpin")),
+    ("POST", "/dashboard/api/settings"), ("POST", "/fleet/code"), ("GET", "/fleet/pending"),
+    *(
+        ("POST", f"/fleet/nodes/{{node}}/{verb}")
+        for verb in (
+            "approve", "revoke", "drain", "undrain", "limit", "pin", "unpin", "load", "unload", "pull", "forget",
+        )
+    ),
+}  # fmt: skip
 
 
 def routes_of(app: FastAPI) -> set[tuple[str, str]]:
@@ -76,7 +97,12 @@ def routes_of(app: FastAPI) -> set[tuple[str, str]]:
 def ask(client: httpx2.Client, method: str, path: str, **headers: str) -> httpx2.Response:
     filled = path.replace("{kind}", "dev").replace("{name:path}", "starter")
     filled = filled.replace("{job_id}", "0" * 12).replace("{output_id}", f"{'0' * 12}-0")
-    return client.request(method, filled, headers=headers)
+    for name in ("node", "version"):
+        filled = filled.replace(f"{{{name}}}", "n1")
+    with client.stream(method, filled, headers=headers) as answer:
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):  # which has no end
+            answer.read()
+        return answer
 
 
 def check_shape(path: str, answer: httpx2.Response, *, status: int) -> None:
@@ -135,8 +161,11 @@ def test_every_route_but_the_public_ones_refuses_who_has_no_good_key(guarded: Ru
 
 def test_public_routes_answer_without_a_key(guarded: Running) -> None:
     with httpx2.Client(base_url=guarded.url) as client:
-        for method, path in sorted(PUBLIC - {("GET", "/files/{output_id}")}):
-            assert ask(client, method, path).status_code == 200, path
+        nothing_asked = {("GET", "/files/{output_id}"), ("GET", "/static/{version}/{name:path}"), ("POST", "/session")}
+        for method, path in sorted(PUBLIC - nothing_asked):
+            assert ask(client, method, path).is_success, path
+        check_shape("/static", ask(client, "GET", "/static/{version}/{name:path}"), status=404)
+        check_shape("/session", ask(client, "POST", "/session"), status=400)
         check_shape("/files/x", client.get("/files/x-0?expires=99999999999&signature=0"), status=403)
 
 
@@ -199,8 +228,9 @@ def test_keys_and_signatures_are_compared_in_constant_time(guarded: Running, mon
         for key in (secret, secret[:-1] + "~", unknown, "x"):
             compared.clear()
             client.get("/v1/models", headers={"X-API-Key": key})
-            # Once with the master key, once with a hash: also where no key has that id, so that ids cannot be found.
-            assert len(compared) == 2, key
+            # With the master key, with that of this machine's commands, and with a hash: also where no key has that id,
+            # so that ids cannot be found.
+            assert len(compared) == 3, key
         compared.clear()
         client.get("/files/x-0?expires=99999999999&signature=00")
         assert len(compared) == 1

@@ -127,6 +127,10 @@ def test_two_commands_make_a_fleet_that_outlives_its_processes(
         assert run("fleet", "revoke", "alpha").out == "alpha is out\n"
         assert node.popen.wait(PATIENCE_S) == 1
         assert "has revoked node alpha" in node.wait_for("revoked")
+        node.end()
+        node = fleet.node("alpha")
+        assert node.popen.wait(PATIENCE_S) == 1
+        assert "has revoked node alpha" in node.wait_for("revoked")
     finally:
         node.end()
 

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from sdfleet.backends.fake import FakeBackend
 from sdfleet.catalog.store import Catalog
 from sdfleet.compose.house import House, ground
+from sdfleet.compose.machine import hub
 from sdfleet.compose.routing import Lines, fleet_house
 from sdfleet.domain import Job
 from sdfleet.fleet.keys import NKey
@@ -41,12 +43,12 @@ class RouterInMemory:
             for name in self.names:
                 code = roster.make_code((PLACE,))
                 (enrolled,) = roster.enrol_by_code(code.id, (NKey.new().public,), name)
-                await stack.enter_async_context(self._node(enrolled, settings.home / f"home-of-{name}"))
+                await stack.enter_async_context(self._node(enrolled, settings, settings.home / f"home-of-{name}"))
             async with ground(settings) as here, fleet_house(here, roster, lines, job_body=job_body) as house:
                 yield house
 
     @asynccontextmanager
-    async def _node(self, enrolled: Enrolled, home: Path) -> AsyncIterator[None]:
+    async def _node(self, enrolled: Enrolled, settings: Settings, home: Path) -> AsyncIterator[None]:
         backend = self.backends[enrolled.node] = FakeBackend()
         catalog = Catalog(home / "models")
         async with Runtime(catalog=catalog, backend=backend) as runtime:
@@ -54,7 +56,7 @@ class RouterInMemory:
                 node=enrolled.node, name=enrolled.node, secret=bytes.fromhex(enrolled.secret), slots=4
             )
             control, bulk = self.broker.connect(enrolled.node), self.broker.connect(enrolled.node)
-            spool, stock = Spool(home / "spool"), Stock(catalog, runtime)
+            spool, stock = Spool(home / "spool"), Stock(catalog, runtime, hub=partial(hub, settings))
             node = Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)
             task = asyncio.ensure_future(node.run())
             try:

@@ -26,6 +26,12 @@ def test_what_was_put_is_there_after_a_restart_and_half_a_file_is_not(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_is_known_as_one_after_a_restart(tmp_path: Path) -> None:
+    Spool(tmp_path).put(JOB, LEASE, b"it failed", is_failure=True)
+    (found,) = Spool(tmp_path).all()
+    assert (found.job, found.lease, found.is_failure, found.read()) == (JOB, LEASE, True, b"it failed")
+
+
 def test_a_new_lease_is_known_at_once_and_moves_no_file(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     before = spool.put(JOB, LEASE, b"pixels")

@@ -30,6 +30,7 @@ from sdfleet.fleet.messages import (
     unpack_outcome,
     up,
 )
+from sdfleet.fleet.receiving import MOST_BROKEN
 from sdfleet.fleet.shipping import sha256_of
 from sdfleet.fleet.transport import Incoming, NoAnswer
 from sdfleet.fleet.transport_memory import MemoryBus
@@ -131,6 +132,46 @@ def test_a_result_that_is_not_what_was_asked_for_is_refused(
 
     play(story)
     assert "a result was refused" in caplog.messages
+
+
+def test_a_node_whose_results_stay_wrong_loses_the_job_to_another(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with fleet_of(tmp_path, n1=0.01) as fleet, fleet.router() as router:
+            liar, go_on = await Liar.at(fleet), asyncio.Event()
+            truth = await _truth(router, liar)
+            job = await _under_way(fleet, router, go_on)
+            await fleet.node("n2", step_s=0.01)
+            router.fleet.admit(fleet.settled.values())
+            while "n2" not in router.fleet.members.at("starter"):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.5)
+            lease = next(run.lease for run in liar.runs if run.job == job.id)
+            packed = pack_outcome(LIES["too few"](replace(truth, job_id=job.id)))
+            answers = [(await liar.send(job.id, lease, packed)).verdict for _ in range(MOST_BROKEN)]
+            assert answers == ["again"] * (MOST_BROKEN - 1) + ["dup"]
+            done = await router.desk.wait(job.id)
+            assert (done.state, done.node) == ("done", "n2")
+            go_on.set()
+
+    play(story)
+
+
+def test_a_lone_node_whose_results_stay_wrong_fails_the_job(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with fleet_of(tmp_path, n1=0.01) as fleet, fleet.router() as router:
+            liar, go_on = await Liar.at(fleet), asyncio.Event()
+            truth = await _truth(router, liar)
+            job = await _under_way(fleet, router, go_on)
+            lease = next(run.lease for run in liar.runs if run.job == job.id)
+            packed = pack_outcome(LIES["too many"](replace(truth, job_id=job.id)))
+            for _ in range(MOST_BROKEN):
+                await liar.send(job.id, lease, packed)
+            failed = await router.desk.wait(job.id)
+            assert failed.error is not None
+            assert (failed.state, failed.error["code"]) == ("failed", "broken_result")
+            assert "n1" in failed.error["message"]
+            go_on.set()
+
+    play(story)
 
 
 def test_a_result_of_another_s_job_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -148,6 +148,39 @@ def test_statistics_are_of_jobs_that_ended_in_the_time_asked_for(play: Play[Any]
     play(story)
 
 
+def test_places_are_of_the_last_day_and_up_to_date(play: Play[Any]) -> None:
+    async def story(stage: Stage) -> None:
+        await stage.finished(model="old")
+        stage.clock.now_s += 2 * 24 * 3600
+        for spent_s in (1.0, 4.0):
+            await stage.finished(spent_s=spent_s)
+        (place,) = await stage.jobs.places()
+        assert (place.node, place.model, place.by_state, place.avg_generation_s) == ("n1", "toy", {"done": 2}, 2.5)
+        job = await stage.accept()
+        waiting, drawn = await stage.jobs.places()
+        assert (waiting.node, waiting.by_state, drawn.by_state) == ("", {"queued": 1}, {"done": 2})
+        await stage.jobs.fail(job.id, ERROR)
+        assert [place.by_state for place in await stage.jobs.places()] == [{"failed": 1}, {"done": 2}]
+        stage.clock.now_s += 2 * 24 * 3600
+        assert await stage.jobs.places() == ()
+
+    play(story)
+
+
+def test_places_are_read_again_when_something_was_written_or_a_second_is_over(play: Play[Any]) -> None:
+    async def story(stage: Stage) -> None:
+        await stage.finished()
+        first = await stage.jobs.places()
+        assert await stage.jobs.places() is first
+        stage.clock.now_s += 1
+        second = await stage.jobs.places()
+        assert second is not first
+        await stage.accept()
+        assert await stage.jobs.places() is not second
+
+    play(story)
+
+
 def test_retention_finds_what_is_older_and_no_job_that_has_not_ended(play: Play[Any]) -> None:
     async def story(stage: Stage) -> None:
         old = await stage.finished(n_outputs=2)
@@ -214,6 +247,7 @@ def test_no_query_reads_a_whole_table(tmp_path: Path) -> None:
             await stage.jobs.outputs(owner=owner)
         await stage.jobs.output(job.outputs[0].id)
         await stage.jobs.open_states()
+        await stage.jobs.places()
         await stage.jobs.counts()
         await stage.jobs.n_queued(OwnerId("a"))
         await stage.jobs.image_stats(since_s=1.0)

@@ -5,20 +5,24 @@ What a router's owner decides wants the scope manage. On a single machine these 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.jobs import visible_to
 from sdfleet.api.native import DIALECT, FAULTS
-from sdfleet.compose import House
+from sdfleet.api.ollama import NDJSON
+from sdfleet.api.pulling import ask_for_yes, is_yes, lines_of
+from sdfleet.compose import House, check_is_idle
 from sdfleet.domain import Job, JobId
-from sdfleet.errors import ConfirmationRequired, NotFound
+from sdfleet.errors import NotFound, from_wire
 
 if TYPE_CHECKING:
     from sdfleet.fleet.control import Fleet
@@ -34,6 +38,17 @@ class ModelAsked(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class NodePullAsked(ModelAsked):
+    """Which model, from where, and the token that says yes to the plan."""
+
+    stream: bool | None = True
+    source: Annotated[
+        Literal["hf", "modelscope"] | None,
+        Field(description="Hugging Face or ModelScope; the node's own SD_HUB when left out"),
+    ] = None
+    confirm: Annotated[str | None, Field(max_length=200, description="the token out of the answer 409")] = None
 
 
 class LimitAsked(BaseModel):
@@ -185,16 +200,49 @@ async def unload(
     return NodesAnswer(nodes=[node])
 
 
-@router.post("/nodes/{node}/pull", dependencies=[needs("manage")], openapi_extra=described(ModelAsked))
+@router.post(
+    "/nodes/{node}/pull",
+    dependencies=[needs("manage")],
+    openapi_extra=described(NodePullAsked),
+    responses={
+        200: {"content": {NDJSON: {}, "application/json": {}}},
+        409: {"description": "Nobody has said yes yet: the node's plan, and the token that says it."},
+    },
+    response_class=JSONResponse,
+)
 async def pull(
+    request: Request, node: str, asked: Annotated[NodePullAsked, Depends(json_body(NodePullAsked))]
+) -> Response:
+    """Have a node download a model, after a yes to this node's plan; as `/api/pull` on one machine."""
+    house, fleet, owner = house_of(request), _fleet(request), caller_of(request).owner
+    facts = dict(await fleet.order(node, "plan", asked.model, source=asked.source))
+    plan_id, refusal = str(facts.pop("id")), cast("dict[str, str] | None", facts["refusal"])
+    if refusal is not None and not facts["is_here"]:
+        raise from_wire(refusal)
+    # The yes is to this plan at this node, and at no other.
+    what = f"{node} {plan_id}"
+    if not facts["is_here"] and (asked.confirm is None or not is_yes(house, what, asked.confirm, owner=owner)):
+        hint = (
+            f"send the same request with `confirm` from this answer, or run `sdfleet fleet pull {node} {asked.model}`"
+        )
+        return ask_for_yes(house, facts | {"node": node}, what=what, owner=owner, where=f" at node {node}", hint=hint)
+    statuses = fleet.pull(node, asked.model, consent=plan_id, source=asked.source)
+    if asked.stream is False:
+        return JSONResponse([status async for status in statuses][-1])
+    return StreamingResponse(lines_of(statuses), media_type=NDJSON)
+
+
+@router.post("/nodes/{node}/forget", dependencies=[needs("manage")], openapi_extra=described(ModelAsked))
+async def forget(
     request: Request, node: str, asked: Annotated[ModelAsked, Depends(json_body(ModelAsked))]
 ) -> NodesAnswer:
-    """Always 409: weights are downloaded with a yes given at the node itself, where licence and disk are."""
-    _fleet(request).roster.find(node)
-    raise ConfirmationRequired(
-        f"downloading {asked.model[:80]} needs a yes at node {node} itself",
-        hint=f"there: sdfleet models pull {asked.model[:80]}; this router hears of it within seconds",
-    )
+    """Delete a node's downloaded model; of an imported one only the name is forgotten. 409 while a job needs it."""
+    house, fleet = house_of(request), _fleet(request)
+    model = (await asyncio.to_thread(house.catalog.card, asked.model)).name
+    if fleet.with_model(model) == (node,):
+        await check_is_idle(house.store, model)  # no other node could draw what waits
+    await fleet.order(node, "forget", model)
+    return NodesAnswer(nodes=[node])
 
 
 @router.get("/jobs/{job_id}/why")

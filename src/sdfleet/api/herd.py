@@ -255,20 +255,18 @@ async def _queues(house: House) -> dict[str, Any]:
 
     In a fleet nothing waits at a node: what is not begun, and what failed, stands with the router.
     """
-    since_s = time.time() - STATS_WINDOW_S
-    stats = await house.store.image_stats(since_s=since_s, n_recent=1)
     queues = {}
-    for (drawn_by, model), by_state in sorted((await house.store.counts_by_place(since_s=since_s)).items()):
-        node = drawn_by or node_id()
-        queues[f"{node}:{model}:latest"] = {
+    for place in await house.store.places():
+        node, by_state = place.node or node_id(), place.by_state
+        queues[f"{node}:{place.model}:latest"] = {
             "node_id": node,
-            "model": f"{model}:latest",
+            "model": f"{place.model}:latest",
             "pending": by_state.get("queued", 0),
             "in_flight": by_state.get("running", 0),
             "completed": by_state.get("done", 0),
             "failed": by_state.get("failed", 0),
             "concurrency": 1,
             "request_type": "image",
-            "avg_latency_ms": round((stats.avg_generation_s or 0.0) * 1000, 1),
+            "avg_latency_ms": round((place.avg_generation_s or 0.0) * 1000, 1),
         }
     return queues

@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import hmac
 import json
-import threading
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -30,17 +28,14 @@ from sdfleet.api.forecasts import Forecasts
 from sdfleet.api.ollama import FAULTS, NDJSON
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.consent import Consent
-from sdfleet.catalog.download import DownloadPlan, PullProgress, facts_of, fetch, plan_download
-from sdfleet.catalog.hubs.hub import Hub
-from sdfleet.catalog.pulled import PulledWeights
+from sdfleet.catalog.download import DownloadPlan, facts_of, plan_download
+from sdfleet.catalog.pulling import Pulling
 from sdfleet.compose import House
 from sdfleet.domain import OwnerId
 from sdfleet.errors import CheckpointError, ConfirmationRequired, InvalidValue, NotFound, SdfleetError, UnknownName
 
 # Long enough to read a licence, short enough that a token found in a log is of no use.
 CONFIRM_S = 15 * 60
-# How often a transfer says where it stands.
-TELL_EVERY_S = 0.2
 # How long the answer 409 waits for memory and time, and how long this machine is timed for them: a person is waiting.
 _FORECAST_S = 10.0
 _MEASURING_S = 3.0
@@ -85,6 +80,7 @@ async def pull(request: Request, asked: Annotated[PullAsked, Depends(json_body(P
     caller = caller_of(request)
     check_right(caller, "manage")
     house = house_of(request)
+    _check_is_one_machine(house, "pull", asked.model or asked.name)
     card = await _card(house, asked.model or asked.name)
     hub = compose.hub(house.settings, asked.source)
     plan = await asyncio.to_thread(plan_download, card, hub, house.catalog.weights)
@@ -93,10 +89,10 @@ async def pull(request: Request, asked: Annotated[PullAsked, Depends(json_body(P
     consent = _consent(house, plan, asked.confirm, owner=caller.owner)
     if consent is None and not plan.is_here:
         return _ask(house, plan, owner=caller.owner, needed=await _needed(request, house, card))
-    statuses = _Pull(plan, consent, hub, house.catalog.weights).statuses()
+    statuses = Pulling(plan, consent, hub, house.catalog.weights).statuses()
     if asked.stream is False:
         return JSONResponse([status async for status in statuses][-1])
-    return StreamingResponse(_lines(statuses), media_type=NDJSON)
+    return StreamingResponse(lines_of(statuses), media_type=NDJSON)
 
 
 @router.delete("/api/delete", openapi_extra=described(DeleteAsked), response_class=Response)
@@ -104,6 +100,7 @@ async def delete(request: Request, asked: Annotated[DeleteAsked, Depends(json_bo
     """Delete a downloaded model; of an imported one only the name is forgotten, its folder stays."""
     check_right(caller_of(request), "manage")
     house = house_of(request)
+    _check_is_one_machine(house, "forget", asked.model or asked.name)
     card = await _card(house, asked.model or asked.name)
     await compose.check_is_idle(house.store, card.name)
     with contextlib.suppress(CheckpointError):  # broken or half here: removing it is the cure
@@ -112,71 +109,8 @@ async def delete(request: Request, asked: Annotated[DeleteAsked, Depends(json_bo
     return Response(status_code=200)
 
 
-class _Pull:
-    """One download, in a thread of its own; its caller listens to `statuses`, and leaving them stops it.
-
-    Not one of the threads that the server shares: a few downloads of hours would leave none for anything else.
-    """
-
-    def __init__(self, plan: DownloadPlan, consent: Consent | None, hub: Hub, weights: PulledWeights) -> None:
-        self._plan = plan
-        self._consent = consent
-        self._hub = hub
-        self._weights = weights
-        self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._stop = threading.Event()
-        self._last = ("", 0.0)
-
-    async def statuses(self) -> AsyncIterator[dict[str, Any]]:
-        """What to tell the client, to the end. Raises what `fetch` raises."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="pull")
-        ended = asyncio.wrap_future(thread.submit(self._fetch))
-        ended.add_done_callback(self._end)
-        thread.shutdown(wait=False)
-        try:
-            yield {"status": "pulling manifest"}
-            while (told := await self._told.get()) is not None:
-                yield told
-            await ended
-        finally:
-            self._stop.set()
-
-    def _end(self, ended: asyncio.Future[None]) -> None:
-        if not ended.cancelled():
-            # Looked at, so that nobody is told of an error whose caller has gone.
-            ended.exception()
-        self._told.put_nowait(None)
-
-    def _fetch(self) -> None:
-        if not self._plan.is_here:
-            told = self._on_progress
-            fetch(self._plan, self._consent, self._hub, self._weights, on_progress=told, cancel=self._stop)
-        for status in ("verifying sha256 digest", "writing manifest", "success"):
-            self._say({"status": status})
-
-    def _on_progress(self, progress: PullProgress) -> None:
-        file, now_s = progress.file, time.monotonic()
-        is_news = file.path != self._last[0] or progress.n_file_bytes == file.n_bytes or progress.waits_s is not None
-        if not is_news and now_s - self._last[1] < TELL_EVERY_S:
-            return
-        self._last = (file.path, now_s)
-        status: dict[str, Any] = {
-            "status": f"pulling {file.digest.hex[:12]}",
-            "digest": f"sha256:{file.digest.hex}" if file.digest.kind == "sha256" else f"git:{file.digest.hex}",
-            "total": file.n_bytes,
-            "completed": progress.n_file_bytes,
-            "file": file.path,
-        }
-        if progress.waits_s is not None:
-            status["waits_s"] = progress.waits_s
-        self._say(status)
-
-    def _say(self, status: dict[str, Any]) -> None:
-        self._loop.call_soon_threadsafe(self._told.put_nowait, status)
-
-
-async def _lines(statuses: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def lines_of(statuses: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+    """One JSON object a line; of an error too, as the answer has begun."""
     try:
         async for status in statuses:
             yield _line(status)
@@ -184,12 +118,12 @@ async def _lines(statuses: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes
         yield _line({"error": str(exc), "code": exc.code})
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
 def _consent(house: House, plan: DownloadPlan, confirm: str | None, *, owner: OwnerId) -> Consent | None:
-    if confirm is not None and _is_token(house, plan, confirm, owner=owner):
+    if confirm is not None and is_yes(house, plan.id, confirm, owner=owner):
         return Consent(plan_id=plan.id, given_by="api")
     if house.settings.pull_without_asking:
         return Consent(plan_id=plan.id, given_by="setting")
@@ -212,32 +146,52 @@ async def _needed(request: Request, house: House, card: Card) -> dict[str, Any]:
 
 
 def _ask(house: House, plan: DownloadPlan, *, owner: OwnerId, needed: dict[str, Any]) -> Response:
+    return ask_for_yes(
+        house, facts_of(plan) | needed, what=plan.id, owner=owner,
+        hint=f"send the same request with `confirm` from this answer, or run `sdfleet models pull {plan.name}` "
+        "on the server",
+    )  # fmt: skip
+
+
+def ask_for_yes(
+    house: House, facts: Mapping[str, Any], *, what: str, owner: OwnerId, hint: str, where: str = ""
+) -> Response:
+    """The answer 409 with a plan and the token that says yes to it. what: the plan's id. where: " at node n1", say."""
+    n_bytes, licence = facts["n_left_bytes"], facts["licence"] or "unknown"
     error = ConfirmationRequired(
-        f"downloading {plan.name} ({plan.n_left_bytes / 1e9:.1f} GB, licence {plan.licence or 'unknown'}) needs a yes",
-        hint="send the same request with `confirm` from this answer, or run `sdfleet models pull "
-        f"{plan.name}` on the server",
+        f"downloading {facts['name']}{where} ({n_bytes / 1e9:.1f} GB, licence {licence}) needs a yes", hint=hint
     )
-    until_s = int(time.time()) + CONFIRM_S
     body = {
         "error": str(error),
         "code": error.code,
-        "plan": facts_of(plan) | needed,
-        "confirm": _token(house, plan, owner, until_s),
+        "plan": dict(facts),
+        "confirm": _token(house, what, owner, int(time.time()) + CONFIRM_S),
     }
     return JSONResponse(body, status_code=error.http_status, headers={"x-should-retry": "false"})
 
 
-def _token(house: House, plan: DownloadPlan, owner: OwnerId, until_s: int) -> str:
-    signed = hmac.new(house.signing_key, f"pull {plan.id} {owner} {until_s}".encode(), hashlib.sha256)
+def _token(house: House, what: str, owner: OwnerId, until_s: int) -> str:
+    signed = hmac.new(house.signing_key, f"pull {what} {owner} {until_s}".encode(), hashlib.sha256)
     return f"{until_s}.{signed.hexdigest()}"
 
 
-def _is_token(house: House, plan: DownloadPlan, confirm: str, *, owner: OwnerId) -> bool:
+def is_yes(house: House, what: str, confirm: str, *, owner: OwnerId) -> bool:
     """Whether this is the token that the same caller got for the same plan, not long ago."""
     until, _, _ = confirm.partition(".")
     if not until.isascii() or not until.isdigit() or len(until) > 12 or int(until) < time.time():
         return False
-    return hmac.compare_digest(confirm.encode(), _token(house, plan, owner, int(until)).encode())
+    return hmac.compare_digest(confirm.encode(), _token(house, what, owner, int(until)).encode())
+
+
+def _check_is_one_machine(house: House, verb: Literal["pull", "forget"], name: str) -> None:
+    """A router has no weights of its own: which node is meant must be said. Raises InvalidValue."""
+    if house.fleet is not None:
+        nodes = ", ".join(member.node for member in house.fleet.members()) or "none"
+        raise InvalidValue(
+            "node",
+            "models are at the nodes of this fleet, and this request names none",
+            hint=f"POST /fleet/nodes/NODE/{verb}, or sdfleet fleet {verb} NODE {name[:80] or 'MODEL'}; nodes: {nodes}",
+        )
 
 
 async def _card(house: House, name: str) -> Card:

@@ -1,7 +1,8 @@
 """A yes to one download: what `fetch` asks for before the first byte.
 
-Only three places may make one, and tests/catalog/test_consent.py holds them to it: the command line after its question
-or `--yes`, the API after a call that confirms the plan, and the setting `pull_without_asking`.
+Only few places may make one, and tests/catalog/test_consent.py holds them to it: the command line after its question
+or `--yes`, the API after a call that confirms the plan, the setting `pull_without_asking`, and a node whose router had
+such a call.
 """
 
 from __future__ import annotations

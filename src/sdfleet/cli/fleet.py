@@ -11,9 +11,12 @@ from urllib.parse import quote
 import typer
 
 from sdfleet.cli import console
+from sdfleet.cli.pulling import From, Yes, ask, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from sdfleet.cli.serving import Server
 
 app = typer.Typer(no_args_is_help=True, help="Look at a router's fleet, and say what its nodes may and shall do.")
 
@@ -120,6 +123,57 @@ def unload(*, node: NodeName, model: ModelName, router: RouterUrl = None, as_jso
     _do(router, node, "unload", f"has let {model} go", {"model": model}, as_json=as_json)
 
 
+@app.command("pull")
+def pull(
+    *,
+    node: NodeName,
+    model: ModelName,
+    source: From = None,
+    yes: Yes = False,
+    router: RouterUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a node download a model, after a yes to the node's own plan. Ctrl-C stops it there; again, it goes on."""
+    with console.answering(as_json=as_json):
+        path, asked = f"/fleet/nodes/{quote(node, safe='')}/pull", {"model": model, "source": source}
+        plan = _router(router).ask_for_plan(path, asked | {"stream": False})
+        if "plan" in plan:
+            if not as_json:
+                _show(node, plan["plan"])
+            if not yes:
+                left = size(plan["plan"]["n_left_bytes"])
+                ask(f"download {left} at {node}?", otherwise=f"sdfleet fleet pull {node} {model} --yes")
+            file = ""
+            for told in _router(router).lines(path, asked | {"confirm": plan["confirm"]}):
+                if told.get("file", file) != file:
+                    file = told["file"]
+                    console.note(f"{file} ({size(told['total'])})")
+        if as_json:
+            console.say_json({"node": node, "model": model, "is_here": True})
+            return
+        console.say(f"{node} has {model}")
+
+
+def _show(node: str, plan: Mapping[str, Any]) -> None:
+    console.say(f"{plan['name']} for {node}: {plan['repo_id']} at {plan['endpoint']}")
+    console.say(
+        f"  {len(plan['files'])} files, {size(plan['n_left_bytes'])} to come; {size(plan['n_free_bytes'])} free"
+    )
+    console.say(f"  into {plan['folder']} there")
+    console.say(f"  licence: {plan['licence'] or 'see the page of the model'} {plan['licence_url'] or ''}".rstrip())
+
+
+@app.command("forget")
+def forget(
+    *, node: NodeName, model: ModelName, yes: Yes = False, router: RouterUrl = None, as_json: AsJson = False
+) -> None:
+    """Delete a node's downloaded model; of an imported one only the name is forgotten."""
+    with console.answering(as_json=as_json):
+        if not yes:
+            ask(f"delete {model} at {node}?", otherwise=f"sdfleet fleet forget {node} {model} --yes")
+    _do(router, node, "forget", f"has {model} no more", {"model": model}, as_json=as_json)
+
+
 @app.command("limit")
 def limit(
     *,
@@ -177,7 +231,8 @@ def nats_config() -> None:
         from sdfleet.fleet.broker import authorization
         from sdfleet.fleet.trust import Roster
 
-        console.say(authorization(Roster.open(settings.home / "fleet").users()))
+        roster = Roster.open(settings.home / "fleet", takes_guests=settings.join_requests)
+        console.say(authorization(roster.users()))
 
 
 def _do(
@@ -193,17 +248,21 @@ def _do(
 
 
 def _ask(router: str | None, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return _router(router).ask(method, path, body)
+
+
+def _router(router: str | None) -> Server:
+    """A connection to the router that `--router` or SD_ROUTER_URL names, else to the one of this data folder."""
     from sdfleet.cli import serving
     from sdfleet.errors import NotFound
 
     settings = console.start()
     url = router or settings.router_url
     if url is not None:
-        key = None if settings.api_key is None else settings.api_key.get_secret_value()
-        return serving.ask_at(url, method, path, key=key, body=body)
-    told = serving.ask(settings, method, path, body)
-    if told is None:
+        return serving.reach_at(url, key=None if settings.api_key is None else settings.api_key.get_secret_value())
+    here = serving.reach(settings)
+    if here is None:
         raise NotFound(
             f"no router runs with {settings.home}", hint="start one: sdfleet router; or name one with --router URL"
         )
-    return told
+    return here

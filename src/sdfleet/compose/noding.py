@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from sdfleet.compose.machine import hardware, standalone
+from sdfleet.compose.machine import hardware, hub, standalone
 from sdfleet.errors import JoinRefused
 from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.node import Node, NodeOptions
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
 from sdfleet.fleet.transport import Bus
-from sdfleet.fleet.transport_nats import NatsBus, connect
+from sdfleet.fleet.transport_nats import NatsBus, NotLetIn, connect
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
 from sdfleet.storage.lock import alone
@@ -59,10 +59,7 @@ class ServedNode:
             await asyncio.wait({serving, refused}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
-            raise JoinRefused(
-                f"the router has revoked node {self._node.options.node}",
-                hint="to come back, join anew: sdfleet node --join CODE",
-            )
+            raise _put_out(self._node.options.node)
         finally:
             for task in (serving, refused):
                 task.cancel()
@@ -75,25 +72,39 @@ class ServedNode:
 
 @contextlib.asynccontextmanager
 async def node(settings: Settings, device: Device) -> AsyncIterator[ServedNode]:
-    """The node, connected; `run` it. Waits for a broker that is away. Raises StoreUnavailable, StorageError."""
+    """The node, connected; `run` it. Waits for a broker that is away.
+
+    Raises JoinRefused (it was put out while it was away), StoreUnavailable, StorageError.
+    """
     identity = device.identity
     folder = settings.home / "fleet" / (f"node-{device.name}" if device.name else "node")
     with alone(folder):
         async with contextlib.AsyncExitStack() as stack:
             buses: list[NatsBus] = []
             for kind in ("control", "bulk"):
-                bus = await connect(
-                    identity.urls,
-                    name=f"{identity.node} {kind}",
-                    credentials=identity.credentials,
-                    tls=identity.tls(),
-                    inbox=identity.inbox,
-                    within_s=CONNECT_WITHIN_S,
-                )
+                bus = await _connected(identity, kind)
                 stack.push_async_callback(bus.close)
                 buses.append(bus)
             runtime = await stack.enter_async_context(standalone(settings))
             yield ServedNode(_made(settings, device, runtime, folder, control=buses[0], bulk=buses[1]), buses)
+
+
+async def _connected(identity: Identity, kind: str) -> NatsBus:
+    try:
+        return await connect(
+            identity.urls,
+            name=f"{identity.node} {kind}",
+            credentials=identity.credentials,
+            tls=identity.tls(),
+            inbox=identity.inbox,
+            within_s=CONNECT_WITHIN_S,
+        )
+    except NotLetIn as exc:
+        raise _put_out(identity.node) from exc
+
+
+def _put_out(node: str) -> JoinRefused:
+    return JoinRefused(f"the router has revoked node {node}", hint="to come back, join anew: sdfleet node --join CODE")
 
 
 def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *, control: Bus, bulk: Bus) -> Node:
@@ -106,5 +117,5 @@ def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *,
         device=str(runtime.capabilities().facts.get("device", settings.device)),
         facts=hardware(),
     )
-    spool, stock = Spool(folder / "spool"), Stock(runtime.catalog, runtime)
+    spool, stock = Spool(folder / "spool"), Stock(runtime.catalog, runtime, hub=lambda source: hub(settings, source))
     return Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)

@@ -71,7 +71,7 @@ async def router(settings: Settings, *, job_body: Callable[[Job], bytes]) -> Asy
     Raises StoreUnavailable (no broker program, its port is taken, a broker that cannot be reached), StorageError.
     """
     async with ground(settings) as here:
-        roster = await asyncio.to_thread(Roster.open, settings.home / "fleet")
+        roster = await asyncio.to_thread(Roster.open, settings.home / "fleet", takes_guests=settings.join_requests)
         async with _lines(settings, roster) as lines, fleet_house(here, roster, lines, job_body=job_body) as house:
             if lines.broker is None or not settings.discovery or settings.broker_host in LOOPBACK:
                 yield house

@@ -32,7 +32,7 @@ from sdfleet.fleet.cost import Predictor
 from sdfleet.fleet.errand import Errand
 from sdfleet.fleet.members import Members
 from sdfleet.fleet.messages import Cancel, Failure, Outcome, PictureBlob, Run, RunAnswer, lease_for, up
-from sdfleet.fleet.receiving import Expected
+from sdfleet.fleet.receiving import BrokenResult, Expected
 from sdfleet.fleet.shipping import sha256_of
 from sdfleet.fleet.state import DeviceId, NodeId, WaitingJob
 from sdfleet.fleet.throne import Throne
@@ -50,7 +50,7 @@ MAX_LOSSES = 8
 BUSY_S = 0.25
 CANCEL_PATIENCE_S = 5.0
 # What says something about a node and not about the job: another may do better.
-_OF_THE_NODE = (EngineDied, OutOfMemory, CheckpointError, UnknownName, Busy)
+_OF_THE_NODE = (EngineDied, OutOfMemory, CheckpointError, UnknownName, Busy, BrokenResult)
 
 
 class FailedOnNodes(SdfleetError):
@@ -218,7 +218,7 @@ class Carrier:
         self._n_attempts += 1
         attempt = self._throne.epoch * 100_000 + self._n_attempts % 100_000
         lease = lease_for(self._secret, job=job, node=node, attempt=attempt)
-        expected.node, expected.lease = node, lease
+        expected.node, expected.lease, expected.n_broken = node, lease, 0
         now_s = asyncio.get_running_loop().time()
         member = self._members.get(node)
         errand = Errand(

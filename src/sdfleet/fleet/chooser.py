@@ -40,7 +40,8 @@ class PlacedByFleet:
         for job, node in list(self._fleet.offers().items()):
             waiting = queue.take(job, now_s=now_s)
             if waiting is None:
-                self._fleet.offers().pop(job, None)  # it runs, or has ended
+                if not self._fleet.may_come(job):
+                    self._fleet.offers().pop(job, None)  # it runs, or has ended
                 continue
             self._fleet.assign(self._job(waiting), node, left_s=_left_s(waiting, now_s))
             return waiting

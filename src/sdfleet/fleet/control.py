@@ -7,12 +7,14 @@ to happen at once at a node is an order, which that node answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 
+from sdfleet.catalog.hubs.hub import Source
 from sdfleet.domain import Job, JobId
 from sdfleet.errors import NotReady, from_wire
 from sdfleet.fleet.decisions import Why
@@ -62,7 +64,7 @@ class Fleet:
         self._apply = apply
         self._live = live
         self._end = end
-        self._answers: dict[tuple[str, str], asyncio.Future[OrderAnswer]] = {}
+        self._answers: dict[tuple[str, str], asyncio.Queue[OrderAnswer]] = {}
 
     async def open(self) -> None:
         """Hear how orders are answered. Raises StoreUnavailable."""
@@ -174,30 +176,60 @@ class Fleet:
             await self.order(node, "unpin", model)
         await self._apply()
 
-    async def order(self, node: str, order: Orders, model: str, *, consent: str = "") -> Mapping[str, object]:
+    async def order(
+        self, node: str, order: Orders, model: str, *, source: Source | None = None
+    ) -> Mapping[str, object]:
         """Have a node do something with a model; returns when it is done there, which loading takes its time for.
 
         Raises UnknownName, NotReady (the node is away), and what the node answers.
         """
+        facts: Mapping[str, object] = {}
+        async with contextlib.aclosing(self._followed(node, order, model, source=source)) as answers:
+            async for answer in answers:
+                facts = answer.facts
+        log.info("a node did as it was told", extra={"node": node, "order": order, "model": model})
+        return facts
+
+    async def pull(
+        self, node: str, model: str, *, consent: str, source: Source | None = None
+    ) -> AsyncGenerator[Mapping[str, object]]:
+        """How a node's download goes, to its end; leaving this stops it. consent: the id of the plan, confirmed.
+
+        Raises as `order`.
+        """
+        async with contextlib.aclosing(self._followed(node, "pull", model, source=source, consent=consent)) as answers:
+            async for answer in answers:
+                if not answer.is_last:
+                    yield answer.facts
+
+    async def _followed(
+        self, node: str, order: Orders, model: str, *, source: Source | None, consent: str = ""
+    ) -> AsyncGenerator[OrderAnswer]:
+        """What a node answers to an order, the last answer being the last. Left before that, the node stops."""
         self.roster.find(node)
+        self._check_is_here(node)
         name = secrets.token_hex(8)
-        answered: asyncio.Future[OrderAnswer] = asyncio.get_running_loop().create_future()
-        self._answers[node, name] = answered
+        said = Order(id=name, order=order, model=model, epoch=self._backend.epoch, consent=consent, source=source)
+        answers: asyncio.Queue[OrderAnswer] = asyncio.Queue()
+        self._answers[node, name] = answers
+        has_ended = False
         try:
-            self._check_is_here(node)
-            said = Order(id=name, order=order, model=model, epoch=self._backend.epoch, consent=consent)
             await self._backend.tell(node, "order", said, reply=up(node, f"ord.{name}"))
-            while not answered.done():
-                await asyncio.wait({answered}, timeout=LOOK_EVERY_S)
-                if not answered.done():
+            while not has_ended:
+                try:
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        answer = await answers.get()
+                except TimeoutError:
                     self._check_is_here(node)
+                    continue
+                has_ended = answer.is_last
+                if answer.error is not None:
+                    raise from_wire(dict(answer.error))
+                yield answer
         finally:
             del self._answers[node, name]
-        answer = answered.result()
-        if answer.error is not None:
-            raise from_wire(dict(answer.error))
-        log.info("a node did as it was told", extra={"node": node, "order": order, "model": model})
-        return answer.facts
+            if not has_ended:
+                await self._backend.tell(node, "order", replace(said, order="stop"))
 
     def _check_is_here(self, node: str) -> None:
         member = self._backend.members.get(node)
@@ -210,9 +242,9 @@ class Fleet:
         except BrokenMessage as exc:
             log.warning("an answer makes no sense", extra={"subject": message.subject, "why": str(exc)[:200]})
             return
-        answered = self._answers.get((node, answer.id))
-        if answered is not None and not answered.done():
-            answered.set_result(answer)
+        answers = self._answers.get((node, answer.id))
+        if answers is not None:
+            answers.put_nowait(answer)
 
     # ----------------------------------------------------------------------------------------------------- small things
 

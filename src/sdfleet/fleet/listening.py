@@ -48,9 +48,9 @@ MOST_CANCELLED = 32
 class Listening:
     """See the file's first lines. secret: what leases are made with.
 
-    is_open: whether a job has not ended; None while that is not known. offered: called with an open job of no errand,
-    and the node that has it. free: called when a job takes no room at a node any more. moved: called with a node whose
-    heartbeat was taken in.
+    is_open: whether a job has not ended; None while that is not known. offered: called with a job of no errand that has
+    not ended, as far as is known, and the node that has it. free: called when a job takes no room at a node any more.
+    moved: called with a node whose heartbeat was taken in.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class Listening:
         if job in under_way.errands or job in under_way.expected or job in under_way.assigned:
             return True
         is_open = self._is_open(job)
-        if is_open:
+        if is_open is not False:
+            # Not known yet is no reason to have it drawn elsewhere when it comes.
             self._offered(job, node)
         return is_open is not False or not self._throne.is_held
 

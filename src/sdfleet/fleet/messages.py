@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
+from sdfleet.catalog.hubs.hub import Source
 from sdfleet.domain import MAX_IMAGES, ImageRequest, ImageResult, JobId, Picture
 from sdfleet.errors import SdfleetError
 from sdfleet.plain import Misfit, from_plain, to_plain
@@ -57,7 +58,7 @@ _NODE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 T = TypeVar("T")
 Verdict = Literal["ok", "have", "busy", "refuse"]
 Phase = Literal["step", "computed", "dropped"]
-Orders = Literal["load", "unload", "pin", "unpin", "pull", "forget"]
+Orders = Literal["load", "unload", "pin", "unpin", "plan", "pull", "stop", "forget"]
 ModelState = Literal["on_disk", "loaded"]
 
 
@@ -127,20 +128,26 @@ class Watch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Do something with a model. consent: the confirmed plan's token, without which nothing is pulled or deleted."""
+    """Do something with a model.
+
+    plan: say what a pull would bring. stop: end what the order of this id began. consent: the id of the plan that
+    somebody said yes to, for this node; nothing else is pulled. source: of the weights; None for the node's choice.
+    """
 
     id: str
     order: Orders
     model: str
     epoch: int
     consent: str = ""
+    source: Source | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderAnswer:
-    """What became of an order. facts: of a plan that wants a yes, say."""
+    """What became of an order, or, before its last answer, how it goes. facts: of a plan that wants a yes, say."""
 
     id: str
+    is_last: bool = True
     error: Mapping[str, str] | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
 

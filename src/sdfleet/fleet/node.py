@@ -128,6 +128,7 @@ class Node:
         self._moved = asyncio.Event()
         self._has_news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._orders: dict[str, asyncio.Task[None]] = {}
         self.is_leaving = False
 
     # ----------------------------------------------------------------------------------------------- life of the node
@@ -227,7 +228,11 @@ class Node:
         if job is not None:
             job.run = replace(job.run, lease=run.lease)  # given here again, by a router that had believed us dead
             return answer("have")
-        if self._spool.get(run.job) is not None:
+        spooled = self._spool.get(run.job)
+        if spooled is not None and spooled.is_failure and spooled.lease != run.lease:
+            # Another try is wanted: the failure of the last one would be counted for it. One unlink is no wait.
+            self._spool.drop(run.job)
+        elif spooled is not None:
             self._spool.renew(run.job, run.lease)
             self._shipping.nudge(run.job)
             return answer("have")
@@ -262,16 +267,25 @@ class Node:
 
     async def _on_order(self, message: Incoming) -> None:
         order = unpack(Order, message.data)
-        if not self._is_old(order.epoch):
-            self._spawn(self._follow(order, message.reply), name=f"order {order.order}")
+        if self._is_old(order.epoch):
+            return
+        if order.order == "stop":
+            if (begun := self._orders.get(order.id)) is not None:
+                begun.cancel()
+            return
+        begun = self._orders[order.id] = self._spawn(self._follow(order, message.reply), name=f"order {order.order}")
+        begun.add_done_callback(lambda _: self._orders.pop(order.id, None))
 
     async def _on_hello(self, message: Incoming) -> None:
         if not self._is_old(unpack(SayHello, message.data).epoch):
             await self._say_hello()
 
     async def _follow(self, order: Order, reply: str) -> None:
+        async def tell(facts: Mapping[str, object]) -> None:
+            await self._publish(reply, OrderAnswer(id=order.id, is_last=False, facts=facts))
+
         try:
-            answer = OrderAnswer(id=order.id, facts=await self._stock.obey(order))
+            answer = OrderAnswer(id=order.id, facts=await self._stock.obey(order, tell))
         except SdfleetError as exc:
             answer = OrderAnswer(id=order.id, error=exc.to_wire())
         await self._publish(reply, answer)
@@ -302,7 +316,10 @@ class Node:
             outcome = Failure(job_id=job.run.job, error=fault)
         try:
             packed = await asyncio.to_thread(pack_or_fail, outcome)
-            await self._insist(lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed))
+            is_failure = isinstance(outcome, Failure)
+            await self._insist(
+                lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed, is_failure=is_failure)
+            )
         finally:
             # The slot is free when the computing has ended, whenever the last byte has left the house.
             self._jobs.pop(job.run.job, None)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from sdfleet.domain import Drawing, ImageResult, JobId
+from sdfleet.errors import SdfleetError
 from sdfleet.fleet.messages import (
     MAX_HEADER_BYTES,
     MAX_RESULT_BYTES,
@@ -35,6 +36,15 @@ log = logging.getLogger(__name__)
 
 # Larger outcomes are looked at in a thread.
 _LARGE_BYTES = 2**20
+# A result may be damaged on its way; one that is wrong so often is wrong at the node.
+MOST_BROKEN = 3
+
+
+class BrokenResult(SdfleetError):
+    """A node has sent results that are not what was asked for; another may do better."""
+
+    code = "broken_result"
+    http_status = 502
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +52,8 @@ class Expected:
     """What may come for one open job. drawing: what was asked for; says how large a result can be.
 
     arrived: the outcome and the node it came from. stored: set when the job has ended in the store: True if with these
-    pictures. node, lease: who has the job now. blobs: its input pictures, once they were hashed.
+    pictures. node, lease: who has the job now. n_broken: its results that were refused. blobs: the job's input
+    pictures, once they were hashed.
     """
 
     job: JobId
@@ -51,6 +62,7 @@ class Expected:
     stored: asyncio.Future[bool]
     node: str = ""
     lease: str = ""
+    n_broken: int = 0
     blobs: tuple[PictureBlob | None, PictureBlob | None] | None = None
 
     @classmethod
@@ -157,9 +169,8 @@ class Receiving:
                 await self._answer(message, ChunkAnswer(verdict="dup", why="another node was faster"))
             return
         is_open = self._is_open(chunk.job)
-        if is_open:
+        if is_open is not False:
             self._offered(chunk.job, node)
-        if is_open or is_open is None:
             await self._answer(message, ChunkAnswer(verdict="refuse", why="not now: the job waits for its turn"))
         else:
             await self._answer(message, ChunkAnswer(verdict="dup", why="the job has ended"))
@@ -190,7 +201,7 @@ class Receiving:
             outcome = await _off_loop(len(data), lambda: _opened(data, inbound.sha256, expected.drawing))
         except BrokenMessage as exc:
             log.warning("a result was refused", extra={"node": node, "job_id": expected.job, "why": str(exc)[:200]})
-            await self._answer(message, ChunkAnswer(verdict="again", offset=0, why=str(exc)[:200]))
+            await self._refuse(message, node, lease, expected, str(exc)[:200])
             return
         if isinstance(outcome, Failure) and lease != expected.lease and not expected.arrived.done():
             # Of an attempt that was given up, or cancelled before somebody asked for another try: it says nothing about
@@ -205,6 +216,17 @@ class Receiving:
             await self._answer(message, ChunkAnswer(verdict="dup", why="another node was faster"))
             return
         await self._answer_when_stored(message, expected)
+
+    async def _refuse(self, message: Incoming, node: str, lease: str, expected: Expected, why: str) -> None:
+        """A result is not what was asked for: it is wanted again, a few times; then the job goes to another node."""
+        if lease == expected.lease and not expected.arrived.done():
+            expected.n_broken += 1
+            if expected.n_broken >= MOST_BROKEN:
+                error = BrokenResult(f"node {node} sends results that cannot be used: {why}", hint="see its log")
+                expected.arrived.set_result((node, Failure(job_id=expected.job, error=error)))
+                await self._answer(message, ChunkAnswer(verdict="dup", why=why))
+                return
+        await self._answer(message, ChunkAnswer(verdict="again", offset=0, why=why))
 
     async def _answer_when_stored(self, message: Incoming, expected: Expected) -> None:
         is_stored = await asyncio.shield(expected.stored)

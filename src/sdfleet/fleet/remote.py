@@ -88,7 +88,8 @@ class FleetBackend:
             is_member=lambda node: self.members.get(node) is not None, expected=self._under_way.expected.get,
             is_open=self._is_open, offered=self._offer,
         )  # fmt: skip
-        self._devices: dict[str, Device] = {}
+        # Who is on the board, and as what it was shown there last; None: it has been changed there since.
+        self._devices: dict[str, Device | None] = {}
         self._whys: OrderedDict[JobId, Why] = OrderedDict()
         self._over: OrderedDict[JobId, None] = OrderedDict()
         self._wakes: list[Callable[[], None]] = []
@@ -159,6 +160,8 @@ class FleetBackend:
                 # Ended by somebody else: another process that uses the store, most of all.
                 for job in [job for job in self._under_way.idle() if not self.knows_open(job)]:
                     self.ended(job, is_stored=False)
+                for job in [job for job in self._under_way.offers if self._is_open(job) is False]:
+                    del self._under_way.offers[job]
 
     def _waits_for_nodes(self) -> bool:
         if not self.is_reigning:
@@ -309,6 +312,11 @@ class FleetBackend:
         """Jobs that a node draws or has drawn, for which this router has no errand (it was started again)."""
         return self._under_way.offers
 
+    def may_come(self, job: JobId) -> bool:
+        """Whether a job that is offered and not in line may come there: from an earlier router's ledger, in time."""
+        under_way = self._under_way
+        return job not in under_way.errands and job not in under_way.assigned and self._is_open(job) is not False
+
     def assign(self, job: WaitingJob, node: str, *, left_s: float | None = None) -> None:
         """The job goes to this node, which has it already. left_s: see `take`."""
         self._under_way.offers.pop(job.job_id, None)
@@ -336,8 +344,8 @@ class FleetBackend:
         member = self.members.get(node)
         if member is not None:
             member.give(dispatch.running, now_s=self.now_s())
-            # The board has the job already; what it was last shown has not, so the node is shown anew at its next change.
-            self._devices.pop(node, None)
+            # The board has put the job there itself.
+            self._devices[node] = None
         homeless = self._under_way.homeless.get(dispatch.job_id)
         if homeless is None:
             self._assigned(dispatch.job_id, node, left_s)
@@ -410,10 +418,12 @@ class FleetBackend:
         """Let placement see a node as it is now, if that is not how it saw it before."""
         member = self.members.get(node)
         device = None if member is None else member.device(self.now_s())
+        if device is None and node not in self._devices:
+            return
         if device is not None and device == self._devices.get(node):
             return
         if device is None:
-            self._devices.pop(node, None)
+            del self._devices[node]
             self.placement.remove(DeviceId(node))
         else:
             self._devices[node] = device

@@ -71,7 +71,8 @@ class Shipping:
             here = {each.job for each in self._spool.all()}
             # Dropped by a cancel while it waited.
             self._not_before_s = {job: s for job, s in self._not_before_s.items() if job in here}
-            waits = [max(0.0, s - now_s) for job, s in self._not_before_s.items() if job not in sending]
+            # What is due already and is not being sent waits for one of those that are.
+            waits = [s - now_s for job, s in self._not_before_s.items() if job not in sending and s > now_s]
             try:
                 async with asyncio.timeout(min(waits, default=None)):
                     await self._news.wait()

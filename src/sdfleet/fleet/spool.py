@@ -1,7 +1,8 @@
 """What a node has finished and the router has not stored yet, on the node's disk.
 
-One file a job: `<job>.<lease>`, written whole or not at all. A job's pictures outlive the node's process, its network
-and the router. While the disk is full a few are kept in memory instead, and sent from there.
+One file a job: `<job>.<lease>`, `<job>.<lease>.failed` for a failure; written whole or not at all. A job's pictures
+outlive the node's process, its network and the router. While the disk is full a few are kept in memory instead, and
+sent from there.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ log = logging.getLogger(__name__)
 # Beside a full disk: 20 pictures of 2048x2048. What is beyond it keeps its slot until there is room.
 MOST_HELD_BYTES = 2**28
 
-_NAME = re.compile(r"([0-9a-f]{1,64})\.(\d{1,9}\.[0-9a-f]{32})")
+_NAME = re.compile(r"([0-9a-f]{1,64})\.(\d{1,9}\.[0-9a-f]{32})(\.failed)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spooled:
-    """One finished job. path: its packed outcome; None while that is only in memory, in `packed`."""
+    """One finished job. path: its packed outcome; None while that is only in memory, in `packed`.
+
+    is_failure: the outcome is no picture.
+    """
 
     job: JobId
     lease: str
     path: Path | None
     packed: bytes | None = field(default=None, repr=False)
+    is_failure: bool = False
 
     def read(self) -> bytes:
         """The packed outcome. Raises OSError; blocks: not for the event loop."""
@@ -53,7 +58,7 @@ class Spool:
                     path.unlink()
                 continue
             job = JobId(found[1])
-            self._here[job] = Spooled(job=job, lease=found[2], path=path)
+            self._here[job] = Spooled(job=job, lease=found[2], path=path, is_failure=found[3] is not None)
 
     def all(self) -> tuple[Spooled, ...]:
         """What is here, the oldest first."""
@@ -63,14 +68,14 @@ class Spool:
         """A job's entry, under whatever lease."""
         return self._here.get(job)
 
-    def put(self, job: JobId, lease: str, packed: bytes) -> Spooled:
+    def put(self, job: JobId, lease: str, packed: bytes, *, is_failure: bool = False) -> Spooled:
         """Keep an outcome; returns when it is on disk, or in memory where the disk is full.
 
         Raises OutputNotWritable where memory is full too; blocks: not for the event loop.
         """
         if _NAME.fullmatch(f"{job}.{lease}") is None:
             raise OutputNotWritable(f"job {job[:80]!r} cannot be spooled under that name")
-        path = self._folder / f"{job}.{lease}"
+        path = self._folder / (f"{job}.{lease}.failed" if is_failure else f"{job}.{lease}")
         temporary = path.with_name(f"new-{job}")
         try:
             with temporary.open("wb") as file:
@@ -85,9 +90,9 @@ class Spool:
             if self._held_bytes() + len(packed) > MOST_HELD_BYTES:
                 raise OutputNotWritable(why, hint="make room on that disk, or set SD_HOME to another one") from exc
             log.warning("a finished job is kept in memory until it is sent", extra={"job_id": job, "why": why})
-            spooled = Spooled(job=job, lease=lease, path=None, packed=packed)
+            spooled = Spooled(job=job, lease=lease, path=None, packed=packed, is_failure=is_failure)
         else:
-            spooled = Spooled(job=job, lease=lease, path=path)
+            spooled = Spooled(job=job, lease=lease, path=path, is_failure=is_failure)
         self._here[job] = spooled
         return spooled
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import psutil
 
+from sdfleet.catalog.consent import Consent
+from sdfleet.catalog.download import DownloadPlan, facts_of, plan_download
+from sdfleet.catalog.hubs.hub import Hub, Source
 from sdfleet.catalog.identify import PICKLES, Identified
+from sdfleet.catalog.pulling import Pulling
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.errors import CheckpointError, InvalidValue
 from sdfleet.fleet.catalog import announced
@@ -42,11 +47,17 @@ class Memory:
 
 
 class Stock:
-    """See the file's first line. Looks at the disk in a thread; a folder that has not changed is not read again."""
+    """See the file's first line. Looks at the disk in a thread; a folder that has not changed is not read again.
 
-    def __init__(self, catalog: Catalog, runtime: Runtime) -> None:
+    hub: where weights come from, for a source that was named or for the node's own choice; without it none are pulled.
+    """
+
+    def __init__(
+        self, catalog: Catalog, runtime: Runtime, *, hub: Callable[[Source | None], Hub] | None = None
+    ) -> None:
         self._catalog = catalog
         self._runtime = runtime
+        self._hub = hub
         self._names: dict[str, str] = {}
         self._identities: dict[Path, tuple[object, str]] = {}
         self._curves_of: tuple[object, tuple[StepCurve, ...]] = (None, ())
@@ -83,8 +94,11 @@ class Stock:
         free = cast("int", facts.get("memory_free_bytes", total - taken))
         return Memory(total_bytes=total, free_bytes=max(0, free))
 
-    async def obey(self, order: Order) -> Mapping[str, object]:
-        """Do what the router wants with a model. Raises what the runtime raises, InvalidValue for what it cannot."""
+    async def obey(self, order: Order, tell: Callable[[Mapping[str, object]], Awaitable[None]]) -> Mapping[str, object]:
+        """Do what the router wants with a model. tell: told how a pull goes.
+
+        Raises what the runtime, the catalog and the hub raise, InvalidValue for what a node does not do.
+        """
         match order.order:
             case "load":
                 await self._runtime.load(order.model)
@@ -94,9 +108,40 @@ class Stock:
                 await self._runtime.load(order.model, is_pinned=True)
             case "unpin":
                 await self._runtime.unpin(order.model)
-            case _:
-                raise InvalidValue("order", f"a node does not {order.order} models", hint="do it at the node itself")
+            case "plan":
+                plan = (await self._planned(order))[0]
+                return {"id": plan.id, **facts_of(plan)}
+            case "pull":
+                await self._pull(order, tell)
+            case "forget":
+                return {"n_freed_bytes": await self._forget(order.model)}
+            case "stop":
+                raise InvalidValue("order", "stop is not an order of its own")
         return {}
+
+    async def _forget(self, model: str) -> int:
+        """Bytes that are free now; of an imported model only the name is forgotten, its folder stays."""
+        name = (await asyncio.to_thread(self._catalog.card, model)).name
+        with contextlib.suppress(CheckpointError):  # broken or half here: removing it is the cure
+            await self._runtime.unload(name)
+        return await asyncio.to_thread(self._catalog.forget, name)
+
+    async def _planned(self, order: Order) -> tuple[DownloadPlan, Hub]:
+        if self._hub is None:
+            raise InvalidValue("order", "this node downloads nothing", hint="do it at the node itself")
+        hub = self._hub(order.source)
+        card = await asyncio.to_thread(self._catalog.card, order.model)
+        return await asyncio.to_thread(plan_download, card, hub, self._catalog.weights), hub
+
+    async def _pull(self, order: Order, tell: Callable[[Mapping[str, object]], Awaitable[None]]) -> None:
+        plan, hub = await self._planned(order)
+        if plan.refusal is not None and not plan.is_here:
+            raise plan.refusal
+        # The router's caller said yes to the plan of this id, for this node; `fetch` refuses any other.
+        consent = Consent(plan_id=order.consent, given_by="api")
+        async with contextlib.aclosing(Pulling(plan, consent, hub, self._catalog.weights).statuses()) as statuses:
+            async for status in statuses:
+                await tell(status)
 
     def _models(self) -> tuple[ModelHere, ...]:
         found = []

@@ -39,7 +39,8 @@ class UnderWay:
     """Everything that the router keeps of such jobs. A job that has ended leaves nothing behind (`forget`).
 
     expected: what may come of a job; also after its pictures have, until they are stored.
-    not_on: nodes that will not draw a job, and why. offers: jobs that a node has and that wait in line here.
+    not_on: nodes that will not draw a job, and why. offers: jobs that a node has and that wait in line here, or may yet
+    come from the ledger.
     """
 
     def __init__(self) -> None:
@@ -85,5 +86,5 @@ class UnderWay:
 
     def idle(self) -> Iterator[JobId]:
         """Jobs that something is kept of and that nobody is drawing or carrying."""
-        kept = {*self.prepared, *self.assigned, *self.expected, *self.offers}
+        kept = {*self.prepared, *self.assigned, *self.expected}
         return (job for job in kept if job not in self.errands and job not in self.homeless)

@@ -67,11 +67,12 @@ class _Write(Generic[T]):
 class Database:
     """An open database at the newest migration. Made by `open_database`; `close` when done.
 
-    name: the database for messages, without its password.
+    name: the database for messages, without its password. n_writes: transactions that this process has committed.
     """
 
     def __init__(self, *, name: str, writer: Engine, readers: Engine) -> None:
         self.name = name
+        self.n_writes = 0
         self._writer = writer
         self._readers = readers
         self._waiting: deque[_Write[Any]] = deque()
@@ -171,7 +172,9 @@ class Database:
 
     def _transaction(self, group: list[_Write[Any]]) -> list[Any]:
         with self._told(), self._writer.begin() as connection:
-            return [write.work(connection) for write in group]
+            results = [write.work(connection) for write in group]
+        self.n_writes += 1
+        return results
 
     @contextmanager
     def _told(self) -> Iterator[None]:

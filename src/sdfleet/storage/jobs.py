@@ -22,7 +22,6 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    or_,
     select,
     update,
 )
@@ -32,6 +31,7 @@ from sdfleet.domain import Job, JobId, JobState, Output, OutputId, OwnerId, Subm
 from sdfleet.errors import Conflict, InvalidValue, QueueFull
 from sdfleet.storage import job_rows, series
 from sdfleet.storage.database import Database
+from sdfleet.storage.places import Place, Places
 from sdfleet.storage.statistics import ImageStats, drawing_s, recent_of, stats_of
 from sdfleet.storage.tables import deliveries, jobs, outputs, pictures
 
@@ -67,6 +67,7 @@ class JobStore:
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
+        self._places = Places(database, clock=clock)
 
     # ------------------------------------------------------------------------------------------------ the life of a job
 
@@ -250,22 +251,9 @@ class JobStore:
 
         return await self._database.read(work)
 
-    async def counts_by_place(self, *, since_s: float) -> dict[tuple[str, str], dict[JobState, int]]:
-        """How many jobs are open, or ended since then, by state, for each node and model.
-
-        The node of a job that is not done is empty, as is that of one which this machine drew without a fleet.
-        """
-        is_open = jobs.c.state.in_(("queued", "running"))
-        told = (jobs.c.node, jobs.c.model, jobs.c.state)
-        query = select(*told, func.count()).where(or_(is_open, jobs.c.finished_s >= since_s)).group_by(*told)
-
-        def work(connection: Connection) -> dict[tuple[str, str], dict[JobState, int]]:
-            found: dict[tuple[str, str], dict[JobState, int]] = {}
-            for node, model, state, n in connection.execute(query):
-                found.setdefault((node, model), {})[state] = n
-            return found
-
-        return await self._database.read(work)
+    async def places(self) -> tuple[Place, ...]:
+        """Open jobs, and those that ended in the last day, by node and model."""
+        return await self._places.now()
 
     async def open_states(self) -> dict[JobId, JobState]:
         """The state of every job that has not ended."""
