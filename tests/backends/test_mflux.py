@@ -158,7 +158,7 @@ def test_an_input_picture_is_redrawn_as_far_as_it_is_asked(folder: Folder, name:
     tell(story)
 
 
-def test_weights_in_eight_bits_are_smaller_and_draw(folder: Folder) -> None:
+def test_weights_in_fewer_bits_are_smaller_and_draw(folder: Folder) -> None:
     n_bytes: dict[str, int] = {}
 
     async def story(backend: GuestBackend) -> None:
@@ -167,8 +167,10 @@ def test_weights_in_eight_bits_are_smaller_and_draw(folder: Folder) -> None:
 
     tell(story)
     tell(story, EngineOptions(weights="int8"))
+    tell(story, EngineOptions(weights="nf4"))
     # Convolutions stay as they are, and the thin VAE is three quarters of it: 5.8 of 6.9 MB (2026-11-21).
     assert n_bytes["bfloat16, weights in 8 bits"] < 0.9 * n_bytes["bfloat16"]
+    assert n_bytes["bfloat16, weights in 4 bits"] < 0.95 * n_bytes["bfloat16, weights in 8 bits"]
 
 
 def test_a_long_prompt_is_told_to_be_cut(folder: Folder) -> None:
