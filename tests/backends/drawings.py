@@ -61,19 +61,21 @@ def scripted_backend(
     return LocalBackend(EngineOptions(n_threads=3), command=child_command(engine), env=env, **more)
 
 
-def guest_command(engine: str = "open_engine", *, python: str = sys.executable) -> Sequence[str]:
+def guest_command(engine: str = "fake_guest:open_engine", *, python: str = sys.executable) -> Sequence[str]:
     """The launcher of engines of other projects with a made-up one, which is put on its path here."""
     script = (
         f"import runpy, sys; sys.path.append({str(HERE)!r}); runpy.run_path({launch.__file__!r}, run_name='__main__')"
     )
-    return (python, "-I", "-c", script, "--engine", f"fake_guest:{engine}")
+    return (python, "-I", "-c", script, "--engine", engine)
 
 
 def guest_backend(
     engine: str = "open_engine", *, python: str = sys.executable, options: EngineOptions | None = None
 ) -> LocalBackend:
     """A backend over the made-up guest of fake_guest.py, in a real child process."""
-    return LocalBackend(options or EngineOptions(), command=guest_command(engine, python=python), name="guest")
+    return LocalBackend(
+        options or EngineOptions(), command=guest_command(f"fake_guest:{engine}", python=python), name="guest"
+    )
 
 
 def scripted_pool(

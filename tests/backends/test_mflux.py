@@ -1,14 +1,15 @@
 """mflux itself, on the CPU: its loader, its classes, its callbacks; weights as thin as its code allows.
 
-FLUX.1 is built in one size only (23 GB), so of it only the calls that are made are compared with mflux's signatures.
+FLUX.1 is built in one size only (23 GB), so it is drawn by mflux's own loop around networks of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
-import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ import pytest
 
 from sdfleet.backends.guests.backend import GuestBackend
 from sdfleet.backends.guests.venv import guest_environment
+from sdfleet.backends.local import LocalBackend
 from sdfleet.domain import Drawing, ImageResult, Progress
 from sdfleet.engine.events import EngineOptions
 from sdfleet.errors import BrokenCheckpoint, JobCancelled, UnsupportedByModel
-from tests.backends.drawings import drawing
+from tests.backends.drawings import drawing, guest_command
 from tests.backends.guest_homes import real_guest
 
 pytestmark = pytest.mark.slow
@@ -199,27 +201,49 @@ def test_what_mflux_cannot_draw_is_refused_and_told_before_anything_is_loaded(fo
     tell(story)
 
 
-SIGNATURES = """
-import inspect
-from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.flux.variants.txt2img.flux import Flux1
-from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
-ModelConfig.dev(), ModelConfig.schnell()
-inspect.signature(Flux1.__init__).bind(None, model_config=1, quantize=8, model_path="x")
-inspect.signature(Flux1.generate_image).bind(
-    None, seed=1, prompt="x", num_inference_steps=4, width=64, height=64, guidance=3.5, image_path="x",
-    image_strength=0.5,
-)
-inspect.signature(FluxLatentCreator.unpack_latents).bind(1, 64, 64)
-assert "prompt_cache" in inspect.getsource(Flux1.generate_image)
-"""
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])
+def test_flux_is_drawn_by_the_loop_of_mflux_around_networks_of_ours(
+    checkpoints: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """See flux_stand_in.py for what is made up."""
+    folder = tmp_path / name
+    shutil.copytree(checkpoints(name), folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    published = {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | published))
 
+    def flux(**fields: Any) -> Drawing:
+        given: dict[str, Any] = {"checkpoint": str(folder), "family": "flux", "width_px": 64, "height_px": 96}
+        return drawing(fields.pop("prompt", "a cat"), **(given | fields))
 
-def test_flux_is_called_by_the_arguments_that_mflux_has() -> None:
-    """Names only: no weights of that size fit a test, so nothing of FLUX.1 is drawn here."""
-    backend = real_guest("mflux")
-    python = backend._venv.python
-    done = subprocess.run(
-        [str(python), "-I", "-c", SIGNATURES], env=guest_environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    async def told() -> None:
+        python = real_guest("mflux")._venv.python
+        command = guest_command("flux_stand_in:open_engine", python=str(python))
+        backend = LocalBackend(EngineOptions(), command=command, env=guest_environment())
+        try:
+            seen: list[Progress] = []
+            first = await backend.generate(flux(wants_previews=True), seen.append)
+            again, seed, prompt, guided = [
+                await backend.generate(flux(**more))
+                for more in ({}, {"seed": 8}, {"prompt": "a red cube"}, {"guidance": 9.0})
+            ]
+            assert pixels(first) == pixels(again)
+            assert len({pixels(first), pixels(seed), pixels(prompt)}) == 3
+            assert (pixels(guided) == pixels(first)) == (name == "flux-schnell")
+            assert [count.encoder for count in first.tokens] == ["clip", "t5"]
+            assert first.tokens[1].window == (512 if name == "flux-dev" else 256)
+            assert [(each.step, each.n_steps) for each in seen] == [(step, 4) for step in range(1, 5)]
+            # The last preview is the picture itself, one pixel for each cell: its VAE keeps colours.
+            assert seen[-1].preview is not None
+            shown, drawn = (
+                np.frombuffer(one.data, np.uint8).reshape(one.height_px, one.width_px, 3).astype(int)
+                for one in (seen[-1].preview, first.images[0].picture)
+            )
+            assert abs(shown - drawn[4::8, 4::8]).mean() < 10
+            picture = first.images[0].picture
+            redrawn = await backend.generate(flux(image=picture, strength=0.5, seed=8))
+            assert len({pixels(redrawn), pixels(first), pixels(seed)}) == 3
+        finally:
+            await backend.close()
+
+    asyncio.run(told())
