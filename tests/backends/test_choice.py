@@ -144,6 +144,14 @@ def test_a_prompt_leaves_this_machine_only_when_somebody_has_said_so(tmp_path: P
     assert stands.choose("here").backend == "sd", "a fault of ours is no word to send it elsewhere"
 
 
+def test_of_two_that_have_a_model_the_one_that_keeps_the_prompt_here_is_meant(tmp_path: Path) -> None:
+    both = Card(name="both", family="other", backend="ollama", **SIZES)
+    at_a_service = both.model_copy(update={"backend": "flux-api"})
+    stands = Stands(tmp_path, flux_api={"cards": lambda: (at_a_service,)}, ollama={"cards": lambda: (both,)})
+    assert stands.choose("both").backend == "ollama"
+    assert stands.choose("both", "flux-api").backend == "flux-api"
+
+
 def test_the_default_is_preferred_and_another_draws_what_it_cannot(tmp_path: Path) -> None:
     stands = Stands(tmp_path, default="mflux")
     assert stands.choose("flux").backend == "mflux"
@@ -162,7 +170,7 @@ def test_a_default_that_is_not_set_up_is_told_and_nothing_else_draws_its_models(
 
 
 def test_models_of_others_are_listed_behind_those_that_are_here_and_never_twice(stands: Stands) -> None:
-    assert [entry.card.name for entry in stands.catalog.entries()] == ["here", "flux", "pro", "flux-away", "sd3-mlx"]
+    assert [entry.card.name for entry in stands.catalog.entries()] == ["here", "flux", "sd3-mlx", "pro", "flux-away"]
     assert stands.catalog.resolve("flux").card.backend is None
     assert stands.catalog.resolve("flux", backend="ollama").card.backend == "ollama"
     assert str(stands.catalog.resolve("sd3-mlx").folder) == "/models/sd3"

@@ -297,7 +297,10 @@ class Backends:
             await backend.pin(checkpoints)
 
     async def close(self) -> None:
-        await asyncio.gather(*(backend.close() for backend in self._all()))
+        ended = await asyncio.gather(*(backend.close() for backend in self._all()), return_exceptions=True)
+        for fault in ended:
+            if fault is not None:
+                raise fault
 
     def _all(self) -> tuple[Backend, ...]:
         return (self.own, *(way.backend for way in self._others.values()))
@@ -324,8 +327,11 @@ def _not_named(way: Way, card: Card, request: ImageRequest, catalog: Catalog) ->
 
 
 def cards_of(ways: Sequence[Way]) -> dict[str, tuple[Card, ...]]:
-    """By id, the models that they have by themselves; none of one that cannot be used."""
-    return {way.id: way.cards() for way in ways if not way.reason()}
+    """By id, the models that they have by themselves; none of one that cannot be used.
+
+    Services come last: of two that answer to a name, the one that keeps the prompt here is meant.
+    """
+    return {way.id: way.cards() for way in sorted(ways, key=lambda way: bool(way.service)) if not way.reason()}
 
 
 def own_id(card: Card) -> str:

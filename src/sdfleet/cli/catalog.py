@@ -37,7 +37,9 @@ def list_models(*, as_json: AsJson = False) -> None:
         for entry in entries:
             card = entry.card
             where = "built in" if entry.is_built_in else str(entry.folder)
-            missing = "" if entry.folder.is_dir() else "  (folder is missing)"
+            if is_elsewhere := card.backend is not None:
+                where = f"drawn by {card.backend}"
+            missing = "" if is_elsewhere or entry.folder.is_dir() else "  (folder is missing)"
             console.say(f"{card.name:<20} {card.family:<6} {card.width_px}x{card.height_px:<5} {where}{missing}")
         for kind in FOLDERS:
             for adapter in catalog.adapters.all(kind):

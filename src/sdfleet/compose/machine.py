@@ -66,8 +66,8 @@ def hardware() -> dict[str, object]:
 
 
 def catalog(settings: Settings) -> Catalog:
-    """The checkpoints of this machine."""
-    return Catalog(settings.models_folder)
+    """The checkpoints of this machine, and what is drawn elsewhere as far as that is known without asking."""
+    return Catalog(settings.models_folder, elsewhere=partial(cards_of, others(settings)))
 
 
 def import_checkpoint(

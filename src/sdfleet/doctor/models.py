@@ -47,6 +47,8 @@ def default_model(machine: Machine) -> Finding:
         return fault(exc.message, exc.hint)
     if entry.is_built_in and machine.settings.model == "starter":
         return ok("the built-in model is drawn with where none is named")
+    if entry.card.backend is not None:
+        return ok(f"{entry.card.name} is drawn with where no model is named, by {entry.card.backend}")
     if not entry.folder.is_dir():
         return fault(f"the folder of {entry.card.name} is gone: {entry.folder}", "sdfleet models list")
     return ok(f"{entry.card.name} is drawn with where no model is named")
