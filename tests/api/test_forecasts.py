@@ -12,7 +12,7 @@ from sdfleet.engine.forecast import Question
 
 SMALL = Question(
     architecture="sd15", family="sd", width_px=64, height_px=64, steps=4, guidance=5.0, sampler="euler", device="cpu",
-    dtype="float32", n_threads=1, budget_s=0.5,
+    dtype="float32", n_threads=1, budget_s=60.0,
 )  # fmt: skip
 
 
