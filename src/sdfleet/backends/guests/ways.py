@@ -17,7 +17,7 @@ from sdfleet.engine.guests import fitting
 from sdfleet.engine.guests.fitting import GuestId
 from sdfleet.engine.prompt_tags import read_tags
 
-# On a Mac MLX is what the hardware was made for; elsewhere it draws on the CPU, and ours is faster there.
+# On a Mac, whoever installs it wants it to draw; elsewhere MLX has only the CPU, and is for trying it.
 _RANK = 5 if sys.platform == "darwin" else 2 * OWN_RANK
 # Its last release is of December 2024: ours first, it when it is named.
 _DIFFUSIONKIT_RANK = 2 * OWN_RANK
