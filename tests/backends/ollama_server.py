@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import threading
 from collections import Counter, deque
@@ -101,9 +102,9 @@ class OllamaServer:
         base = {"model": asked["model"], "created_at": "2026-11-21T00:00:00Z", "response": "", "done": False}
         is_whole = False
         try:
-            n_steps = 10**9 if asked["prompt"] == ENDLESS else asked["steps"]
-            for step in range(1, n_steps + 1):
-                yield _line({**base, "completed": step, "total": n_steps})
+            total = asked["steps"]
+            for step in itertools.count(1) if asked["prompt"] == ENDLESS else range(1, total + 1):
+                yield _line({**base, "completed": min(step, total), "total": total})
                 await asyncio.sleep(0.001)
                 if fault == "lost" and step == 2:
                     raise ConnectionResetError

@@ -70,7 +70,7 @@ class OllamaImages:
         self._looked_s = float("-inf")
         self._version = ""
         self._refused: tuple[str, str] | None = None  # (version, what it said) of one that draws no more
-        self._why_not = f"{self._url} was not asked yet"
+        self._why_not = ""
         self._models: dict[str, tuple[str, Card]] = {}  # by the card's name: Ollama's own, and the card
         self._shown: dict[str, bool] = {}  # by digest: whether that model draws
         self._errands = Errands(ID)
@@ -86,7 +86,10 @@ class OllamaImages:
         return tuple(card for _, card in self._models.values())
 
     def capabilities(self) -> Capabilities:
-        state: BackendState = "closed" if self._errands.is_closed else "unavailable" if self._why_not else "ready"
+        was_asked = bool(self._version or self._why_not)
+        state: BackendState = "unavailable" if self._why_not else "ready" if was_asked else "idle"
+        if self._errands.is_closed:
+            state = "closed"
         return Capabilities(
             name=ID,
             state=state,
