@@ -7,6 +7,7 @@
     │   ├── UnsupportedByModel     the model named cannot do what was asked
     │   ├── BrokenPicture          an input picture that cannot be read
     │   ├── BackendNotNamed        the model is drawn by a service, and nobody has said that it may be
+    │   ├── UpstreamRefused        the server of a language model does not take the request as it is
     │   └── PromptSyntax           a prompt whose brackets or weights make no sense
     ├── CheckpointError            the weights on disk cannot be used
     │   ├── CheckpointNotFound
@@ -42,6 +43,8 @@
     │   ├── NotAllowed             the key is good but not for this; or the page that asks is not ours
     │   └── JoinRefused            a machine may not take part in the fleet: its code, key or certificate is wrong
     ├── NotFound                   no job, picture or route of that name
+    │   └── ModelNotFound          no node and no server behind it has that language or speech model
+    ├── UpstreamFailed             a server of language models broke off, cannot be reached, or met a fault
     ├── NotAcceptable              a body too large, a method that is not there, a media type we do not read
     │   ├── TooLarge
     │   └── MethodNotAllowed
@@ -142,6 +145,12 @@ class BackendNotNamed(BadRequest):
             hint=f"say that you want that: name the backend {backend!r} in the request, or set SD_DEFAULT_BACKEND",
         )
         self.field = "backend"
+
+
+class UpstreamRefused(BadRequest):
+    """The server of a language model does not take the request; the message is that server's own."""
+
+    code = "upstream_refused"
 
 
 class PromptSyntax(BadRequest):
@@ -391,6 +400,19 @@ class NotFound(SdfleetError):
 
     code = "not_found"
     http_status = 404
+
+
+class ModelNotFound(NotFound):
+    """No node has a language or speech model of that name."""
+
+    code = "model_not_found"
+
+
+class UpstreamFailed(SdfleetError):
+    """A server of language models cannot be reached, met a fault, or broke off in the middle of its answer."""
+
+    code = "upstream_failed"
+    http_status = 502
 
 
 class NotAcceptable(SdfleetError):

@@ -96,6 +96,7 @@ def _endpoint(value: object) -> object:
 Folder = Annotated[Path, BeforeValidator(_folder)]
 Endpoint = Annotated[str, BeforeValidator(_endpoint)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+Endpoints = Annotated[tuple[Endpoint, ...], NoDecode, BeforeValidator(_names)]
 
 
 def _default_home() -> Path:
@@ -241,6 +242,14 @@ class Settings(BaseSettings):
     """What a node is called; this machine's name when not set."""
     node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pictures that a node draws at once; found by what the engine measures when not set."""
+    ollama_url: Endpoint | None = None
+    """An Ollama whose models answer here too, for example `http://127.0.0.1:11434`; none when not set."""
+    language_urls: Endpoints = ()
+    """OpenAI-compatible servers (llama.cpp, vLLM, LM Studio) whose models answer here too; separated by commas."""
+    language_key: SecretStr | None = None
+    """A key for these servers."""
+    speech_models: Folder | None = None
+    """A folder with faster-whisper models (CTranslate2), each in a folder of its own; needs the extra `speech`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -345,7 +354,9 @@ def engine_environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-_SECRETS = frozenset({"api_key", "bfl_api_key", "database_url", "hf_token", "modelscope_token", "nats_seed"})
+_SECRETS = frozenset({
+    "api_key", "bfl_api_key", "database_url", "hf_token", "language_key", "modelscope_token", "nats_seed"
+})  # fmt: skip
 
 
 def _read_config(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:

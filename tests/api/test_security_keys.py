@@ -65,6 +65,8 @@ GENERATE = {
     ("POST", "/api/txt2img"), ("POST", "/api/img2img"), ("POST", "/api/jobs"), ("POST", "/api/jobs/{job_id}/retry"),
     ("DELETE", "/api/jobs/{job_id}"), ("DELETE", "/api/outputs/{output_id}"),
     ("PUT", "/api/outputs/{output_id}/favourite"), ("DELETE", "/api/outputs/{output_id}/favourite"),
+    *(("POST", f"/api/{name}") for name in ("chat", "embed", "embeddings", "transcribe")),
+    *(("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "embeddings", "audio/transcriptions")),
 }  # fmt: skip
 
 MANAGE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +25,15 @@ from sdfleet.fleet.messages import BrokenMessage
 from sdfleet.fleet.node import Node, NodeOptions
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
+from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
 from sdfleet.fleet.transport import REIGN_S, Entry, Reign
 from sdfleet.fleet.transport_memory import MemoryBroker, MemoryBus, MemoryCrown
 from sdfleet.jobs.desk import DeskOptions, JobDesk
 from sdfleet.jobs.observer import Several
+from sdfleet.language.asking import Engine
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.storage.database import Database, open_database
 from sdfleet.storage.jobs import JobStore
@@ -58,6 +61,7 @@ class NodeInTest:
     slots: int = 1
     drawn: list[JobId] = field(default_factory=list)
     before_step: Callable[[Drawing, int], Awaitable[None]] | None = None
+    engines: Sequence[Engine] = ()
     it: Node | None = None
     control: MemoryBus | None = None
     bulk: MemoryBus | None = None
@@ -74,6 +78,8 @@ class NodeInTest:
         catalog = Catalog(self.home / "models")
         self.runtime = Runtime(catalog=catalog, backend=FakeBackend(before_step=self._step))
         self.control, self.bulk = self.broker.connect(self.node), self.broker.connect(self.node)
+        shelf = Shelf(self.engines)
+        await shelf.look()
         self.it = Node(
             NodeOptions(node=self.node, name=self.node, secret=secret_of(self.node), slots=self.slots),
             control=self.control,
@@ -81,6 +87,7 @@ class NodeInTest:
             runtime=self.runtime,
             spool=Spool(self.home / "spool"),
             stock=Stock(catalog, self.runtime),
+            speaker=Speaker(self.node, control=self.control, bulk=self.bulk, language=shelf),
         )
         self._task = asyncio.create_task(self.it.run(), name=self.node)
 
@@ -146,9 +153,13 @@ class FleetInTest:
     settled: dict[str, Settled] = field(default_factory=dict)
     n_routers: int = 0
 
-    async def node(self, name: str, *, step_s: float = 0.1, slots: int = 1) -> NodeInTest:
+    async def node(
+        self, name: str, *, step_s: float = 0.1, slots: int = 1, engines: Sequence[Engine] = ()
+    ) -> NodeInTest:
         """One more node, approved and started."""
-        node = NodeInTest(node=name, home=self.folder / name, broker=self.broker, step_s=step_s, slots=slots)
+        node = NodeInTest(
+            node=name, home=self.folder / name, broker=self.broker, step_s=step_s, slots=slots, engines=engines
+        )
         self.nodes[name] = node
         self.settled[name] = Settled(node=name, secret=secret_of(name))
         await node.start()

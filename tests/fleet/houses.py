@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,13 @@ from sdfleet.compose.routing import Lines, fleet_house
 from sdfleet.domain import Job
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.node import Node, NodeOptions
+from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
-from sdfleet.fleet.transport_memory import MemoryBroker
+from sdfleet.fleet.transport_memory import MemoryBroker, MemoryBus
 from sdfleet.fleet.trust import Enrolled, Roster
+from sdfleet.language.asking import Engine
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
 
@@ -28,10 +31,20 @@ PLACE = "127.0.0.1:4222"
 
 
 class RouterInMemory:
-    """`opens` of an app. nodes: their names. broker: shared by routers that are rivals."""
+    """`opens` of an app. nodes: their names. broker: shared by routers that are rivals.
 
-    def __init__(self, *nodes: str, broker: MemoryBroker | None = None) -> None:
+    language: the engines that a node has, by its name.
+    """
+
+    def __init__(
+        self,
+        *nodes: str,
+        broker: MemoryBroker | None = None,
+        language: Mapping[str, Callable[[], Sequence[Engine]]] | None = None,
+    ) -> None:
         self.names = nodes
+        self._language = language or {}
+        self.buses: dict[str, tuple[MemoryBus, MemoryBus]] = {}
         self.broker = MemoryBroker() if broker is None else broker
         self.backends: dict[str, FakeBackend] = {}
 
@@ -51,13 +64,17 @@ class RouterInMemory:
     async def _node(self, enrolled: Enrolled, settings: Settings, home: Path) -> AsyncIterator[None]:
         backend = self.backends[enrolled.node] = FakeBackend()
         catalog = Catalog(home / "models")
-        async with Runtime(catalog=catalog, backend=backend) as runtime:
+        engines = self._language.get(enrolled.node, list)()
+        async with Runtime(catalog=catalog, backend=backend) as runtime, Shelf(engines) as shelf:
+            await shelf.look()
             options = NodeOptions(
                 node=enrolled.node, name=enrolled.node, secret=bytes.fromhex(enrolled.secret), slots=4
             )
             control, bulk = self.broker.connect(enrolled.node), self.broker.connect(enrolled.node)
+            self.buses[enrolled.node] = control, bulk
             spool, stock = Spool(home / "spool"), Stock(catalog, runtime, hub=partial(hub, settings))
-            node = Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)
+            speaker = Speaker(enrolled.node, control=control, bulk=bulk, language=shelf) if engines else None
+            node = Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock, speaker=speaker)
             task = asyncio.ensure_future(node.run())
             try:
                 yield

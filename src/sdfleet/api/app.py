@@ -30,6 +30,7 @@ from sdfleet.api import (
     fleet,
     herd,
     jobs,
+    language,
     links,
     models,
     native,
@@ -136,7 +137,7 @@ def create_app(settings: Settings, *, opens: Opens = compose.server) -> FastAPI:
     for router in (
         openai.router, a1111.router,
         a1111_lists.router, ollama.router, pulling.router, herd.router, fleet.router, bfl.router, native.router,
-        jobs.router,
+        jobs.router, language.router,
         models.router,
         links.router, system.router, dashboard.router, pages.router, signing_in.router, studio.router,
     ):  # fmt: skip

@@ -18,8 +18,8 @@ from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.jobs import visible_to
 from sdfleet.api.native import DIALECT, FAULTS
-from sdfleet.api.ollama import NDJSON
 from sdfleet.api.pulling import ask_for_yes, is_yes, lines_of
+from sdfleet.api.talk import NDJSON
 from sdfleet.compose import House, check_is_idle
 from sdfleet.domain import Job, JobId
 from sdfleet.errors import NotFound, from_wire

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -13,6 +13,7 @@ import psutil
 from sdfleet import __version__
 from sdfleet.compose import House
 from sdfleet.compose.machine import BYTES_PER_GB, hardware
+from sdfleet.language.asking import LanguageModel
 
 if TYPE_CHECKING:
     from sdfleet.fleet.control import Fleet
@@ -25,7 +26,8 @@ _STATUS = {"online": "online", "suspect": "degraded", "offline": "offline"}
 class NodeNow:
     """How one node stands. name: for people. status: online, degraded or offline. told: what is only known of some.
 
-    slots: pictures that it draws at once. n_free: pictures that it would take now.
+    slots: pictures that it draws at once. n_free: pictures that it would take now. language: models that write, embed
+    or listen; n_answers: of which so many answers are under way.
     """
 
     node: str
@@ -46,6 +48,8 @@ class NodeNow:
     swap_used_bytes: int = 0
     swap_total_bytes: int = 0
     told: Mapping[str, object] = field(default_factory=dict)
+    language: Sequence[LanguageModel] = ()
+    n_answers: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a node of `/fleet/status`."""
@@ -68,9 +72,11 @@ class NodeNow:
             },
             "ollama_url": "",
             "ollama": {
-                "models_loaded": [],
-                "models_available": [],
-                "requests_active": self.n_jobs,
+                "models_loaded": [model.name for model in self.language if model.is_warm],
+                "models_available": [
+                    model.name for model in self.language if "transcription" not in model.capabilities
+                ],
+                "requests_active": self.n_jobs + sum(self.n_answers.values()),
                 "version": self.version,
             },
             "models_loaded_count": len(self.loaded),
@@ -89,6 +95,12 @@ class NodeNow:
                 "models_available": [{"name": name, "binary": "sdfleet"} for name in self.models],
                 "models_loaded": list(self.loaded),
                 "generating": self.n_jobs > 0,
+            }
+        speech = [model.name for model in self.language if "transcription" in model.capabilities]
+        if speech:
+            node["transcription"] = {
+                "models_available": [{"name": name, "binary": "faster-whisper"} for name in speech],
+                "transcribing": any(self.n_answers.get(name) for name in speech),
             }
         return node
 
@@ -134,6 +146,8 @@ async def _this_machine(house: House) -> NodeNow:
         swap_used_bytes=swap.used,
         swap_total_bytes=swap.total,
         told={"reason": standing.reason},
+        language=house.language.models(),
+        n_answers=house.language.running(),
     )
 
 
@@ -163,6 +177,8 @@ def _member(fleet: Fleet, member: Member) -> NodeNow:
         n_jobs=len(member.sent),
         n_free=max(0, slots - n_pictures) if is_taking else 0,
         slots=slots,
+        language=_language(member) if standing != "offline" else (),
+        n_answers={} if beat is None else {one.model: one.n_running for one in beat.language},
         told={
             "is_draining": member.settled.is_draining,
             "reason": _reason(member, standing),
@@ -175,6 +191,14 @@ def _member(fleet: Fleet, member: Member) -> NodeNow:
             ],
         },
     )
+
+
+def _language(member: Member) -> list[LanguageModel]:
+    """Its language models, as its newest heartbeat has them."""
+    hello, beat = member.hello, member.heartbeat
+    warm = set() if beat is None else {one.model for one in beat.language if one.is_warm}
+    models = () if hello is None else hello.language
+    return [replace(model, is_warm=model.name in warm) for model in models]
 
 
 def _reason(member: Member, standing: str) -> str:

@@ -27,6 +27,7 @@ from sdfleet.api.asked import SAFETY_CHECKER, client_of, model_named, read_pictu
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import error_response
 from sdfleet.api.models import expires_at as expiry_of
+from sdfleet.api.talk import NDJSON, answered, as_loaded, as_shown, as_tags
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.compose import House
 from sdfleet.domain import MAX_SIDE_PX, ImageRequest, Job, JobEvent, SafetyChecker, Submission
@@ -36,9 +37,11 @@ from sdfleet.errors import (
     InvalidValue,
     NotAuthenticated,
     NotFound,
+    NotReady,
     SdfleetError,
     UnknownName,
 )
+from sdfleet.language.asking import Ask, LanguageModel
 from sdfleet.residents import Resident
 from sdfleet.settings import seconds_of
 
@@ -52,7 +55,6 @@ FAULTS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-NDJSON = "application/x-ndjson"
 NANOSECONDS = 1_000_000_000
 KEEP_ALIVE_IGNORED = "keep_alive was ignored: how long a model stays is decided by keys with the right `manage`"
 
@@ -93,8 +95,10 @@ async def version() -> dict[str, str]:
 async def tags(request: Request) -> dict[str, list[dict[str, Any]]]:
     """The models that are here."""
     check_right(caller_of(request), "read")
-    described = await asyncio.to_thread(_described_all, house_of(request))
-    return {"models": list(described.values())}
+    house = house_of(request)
+    described = await asyncio.to_thread(_described_all, house)
+    drawing = list(described.values())
+    return {"models": drawing + as_tags(_beside(house, drawing))}
 
 
 @router.get("/api/ps")
@@ -105,7 +109,14 @@ async def loaded_models(request: Request) -> dict[str, list[dict[str, Any]]]:
     here = {resident.checkpoint: resident for resident in house.runtime.residents.here()}
     on_card = house.runtime.capabilities().facts.get("device") in {"cuda", "mps"}
     described = await asyncio.to_thread(_described_all, house, set(here))
-    return {"models": [_in_memory(entry, here[folder], on_card=on_card) for folder, entry in described.items()]}
+    drawing = [_in_memory(entry, here[folder], on_card=on_card) for folder, entry in described.items()]
+    return {"models": drawing + as_loaded(_beside(house, drawing))}
+
+
+def _beside(house: House, drawing: Sequence[Mapping[str, Any]]) -> list[LanguageModel]:
+    """The models that write, embed or listen; of a name that also draws, the one that draws is meant."""
+    names = {entry["name"] for entry in drawing}
+    return [model for model in house.language.models() if model.name not in names]
 
 
 def _in_memory(entry: dict[str, Any], resident: Resident, *, on_card: bool) -> dict[str, Any]:
@@ -128,7 +139,12 @@ async def show(request: Request, asked: Annotated[ShowAsked, Depends(json_body(S
     """What is known of one model."""
     check_right(caller_of(request), "read")
     house = house_of(request)
-    entry = await _entry(house, asked.model or asked.name)
+    try:
+        entry = await _entry(house, asked.model or asked.name)
+    except (NotFound, NotReady):  # a router that has just begun does not know yet what its nodes draw with
+        if (model := house.language.find(asked.model or asked.name)) is None:
+            raise
+        return as_shown(model)
     card = entry.card
     about = await asyncio.to_thread(_described, house.catalog, entry)
     defaults = {
@@ -148,9 +164,9 @@ async def show(request: Request, asked: Annotated[ShowAsked, Depends(json_body(S
 
 
 class GenerateAsked(BaseModel):
-    """A picture, as Ollama's clients ask for it."""
+    """A picture, as Ollama's clients ask for it. For a model that writes, other fields go to its server."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = ""
     prompt: str = ""
@@ -171,11 +187,17 @@ class GenerateAsked(BaseModel):
     response_class=JSONResponse,
 )
 async def generate(request: Request, asked: Annotated[GenerateAsked, Depends(json_body(GenerateAsked))]) -> Response:
-    """A picture with its progress, one JSON object a line; or all at once with `stream: false`."""
+    """A picture with its progress, or a text, one JSON object a line; or all at once with `stream: false`."""
     house = house_of(request)
     if not asked.model:
         raise InvalidValue("model", "it is missing", hint="see /api/tags")
-    entry = await _entry(house, asked.model)
+    try:
+        entry = await _entry(house, asked.model)
+    except (NotFound, NotReady) as exc:  # none that draws: one that writes, if there is one
+        if isinstance(exc, NotReady) and house.language.find(asked.model) is None:
+            raise
+        ask = Ask(door="/api/generate", model=asked.model, body=asked.model_dump(exclude_unset=True))
+        return answered(request, ask, dialect=DIALECT)
     if not asked.prompt.strip():
         return await _load(request, asked, entry)
     submission = await _submission(request, asked, entry)

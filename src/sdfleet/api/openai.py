@@ -47,6 +47,7 @@ from sdfleet.errors import (
     CreditsNeeded,
     InvalidValue,
     NotAuthenticated,
+    NotReady,
     SdfleetError,
     UnknownName,
 )
@@ -178,13 +179,21 @@ async def variations(request: Request) -> Response:
 async def models(request: Request) -> ModelsAnswer:
     """The models of this server; any key may see them."""
     entries = await asyncio.to_thread(house_of(request).catalog.entries)
-    return ModelsAnswer(data=await asyncio.to_thread(lambda: [_model(entry) for entry in entries]))
+    found = await asyncio.to_thread(lambda: [_model(entry) for entry in entries])
+    names = {one.id for one in found}
+    beside = [ModelAnswer(id=one.name, root=one.name) for one in house_of(request).language.models()]
+    return ModelsAnswer(data=[*found, *(one for one in beside if one.id not in names)])
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> ModelAnswer:
     """One model; OpenAI's names answer too, `root` says what they stand for here."""
-    entry = await asyncio.to_thread(_entry, house_of(request), name)
+    try:
+        entry = await asyncio.to_thread(_entry, house_of(request), name)
+    except (UnknownName, NotReady):
+        if (beside := house_of(request).language.find(name)) is None:
+            raise
+        return ModelAnswer(id=name, root=beside.name)
     found = await asyncio.to_thread(_model, entry)
     return found.model_copy(update={"id": name})
 

@@ -276,7 +276,7 @@ class ModelAnswer(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int
+    created: int = 0
     owned_by: str = "sdfleet"
     root: str
 

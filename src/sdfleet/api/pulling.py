@@ -21,11 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sdfleet import compose
+from sdfleet.api import ollama
 from sdfleet.api.access import caller_of, check_right
 from sdfleet.api.answering import house_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.forecasts import Forecasts
-from sdfleet.api.ollama import FAULTS, NDJSON
+from sdfleet.api.language_models import can_pull, deleted, pulled
+from sdfleet.api.ollama import FAULTS
+from sdfleet.api.talk import NDJSON
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.consent import Consent
 from sdfleet.catalog.download import DownloadPlan, facts_of, plan_download
@@ -55,6 +58,7 @@ class PullAsked(BaseModel):
         Literal["hf", "modelscope"] | None, Field(description="Hugging Face or ModelScope; SD_HUB when left out")
     ] = None
     confirm: Annotated[str | None, Field(description="the token out of the answer 409")] = None
+    node: Annotated[str, Field(description="of a fleet: whose Ollama downloads a language model")] = ""
 
 
 class DeleteAsked(BaseModel):
@@ -64,6 +68,7 @@ class DeleteAsked(BaseModel):
 
     model: str = ""
     name: str = ""
+    node: Annotated[str, Field(description="of a fleet: whose Ollama deletes a language model")] = ""
 
 
 @router.post(
@@ -80,8 +85,18 @@ async def pull(request: Request, asked: Annotated[PullAsked, Depends(json_body(P
     caller = caller_of(request)
     check_right(caller, "manage")
     house = house_of(request)
-    _check_is_one_machine(house, "pull", asked.model or asked.name)
-    card = await _card(house, asked.model or asked.name)
+    name = asked.model or asked.name
+    try:
+        card = await _card(house, name)
+    except NotFound:
+        if asked.source is not None or not can_pull(house, asked.node):
+            _check_is_one_machine(house, "pull", name)
+            raise
+        is_stream = asked.stream is not False
+        return pulled(
+            request, name, node=asked.node, confirm=asked.confirm, is_stream=is_stream, dialect=ollama.DIALECT
+        )
+    _check_is_one_machine(house, "pull", name)
     hub = compose.hub(house.settings, asked.source)
     plan = await asyncio.to_thread(plan_download, card, hub, house.catalog.weights)
     if plan.refusal is not None and not plan.is_here:
@@ -100,8 +115,15 @@ async def delete(request: Request, asked: Annotated[DeleteAsked, Depends(json_bo
     """Delete a downloaded model; of an imported one only the name is forgotten, its folder stays."""
     check_right(caller_of(request), "manage")
     house = house_of(request)
-    _check_is_one_machine(house, "forget", asked.model or asked.name)
-    card = await _card(house, asked.model or asked.name)
+    name = asked.model or asked.name
+    try:
+        card = await _card(house, name)
+    except NotFound:
+        if house.language.find(name) is None:
+            _check_is_one_machine(house, "forget", name)
+            raise
+        return deleted(request, name, node=asked.node, dialect=ollama.DIALECT)
+    _check_is_one_machine(house, "forget", name)
     await compose.check_is_idle(house.store, card.name)
     with contextlib.suppress(CheckpointError):  # broken or half here: removing it is the cure
         await house.runtime.unload(card.name)

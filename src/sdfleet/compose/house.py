@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdfleet.catalog.store import Catalog
+from sdfleet.compose.language import shelf_of
 from sdfleet.compose.machine import standalone
 from sdfleet.errors import InUse
+from sdfleet.language.asking import Language
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class House:
-    """What a server is made of. fleet: where it is a router."""
+    """What a server is made of. language: models that write, embed or listen. fleet: where it is a router."""
 
     settings: Settings
     catalog: Catalog
@@ -44,6 +47,7 @@ class House:
     readiness: Readiness
     metrics: Metrics
     signing_key: bytes = field(repr=False)
+    language: Language = field(default_factory=Shelf)
     fleet: Fleet | None = None
 
     async def stand(self) -> None:
@@ -151,7 +155,15 @@ class Ground:
             ledger=ledger,
         )
 
-    def house(self, runtime: Runtime, desk: JobDesk, readiness: Readiness, *, fleet: Fleet | None = None) -> House:
+    def house(
+        self,
+        runtime: Runtime,
+        desk: JobDesk,
+        readiness: Readiness,
+        *,
+        language: Language,
+        fleet: Fleet | None = None,
+    ) -> House:
         """The whole, for the API."""
         from sdfleet.storage.keys import KeyStore
 
@@ -166,6 +178,7 @@ class Ground:
             readiness=readiness,
             metrics=self.metrics,
             signing_key=self.signing_key,
+            language=language,
             fleet=fleet,
         )
 
@@ -211,10 +224,10 @@ async def server(settings: Settings, *, job_body: Callable[[Job], bytes]) -> Asy
     """
     from sdfleet.jobs.readiness import Readiness, warm_up
 
-    async with ground(settings) as here, standalone(settings) as runtime:
+    async with ground(settings) as here, standalone(settings) as runtime, shelf_of(settings) as language:
         desk = here.desk(runtime, job_body=job_body)
         await desk.start()
         try:
-            yield here.house(runtime, desk, Readiness(warm_up(runtime, model=settings.model)))
+            yield here.house(runtime, desk, Readiness(warm_up(runtime, model=settings.model)), language=language)
         finally:
             await desk.close()

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from sdfleet.compose.language import shelf_of
 from sdfleet.compose.machine import hardware, hub, standalone
 from sdfleet.errors import JoinRefused
 from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.node import Node, NodeOptions
+from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
 from sdfleet.fleet.transport import Bus
 from sdfleet.fleet.transport_nats import NatsBus, NotLetIn, connect
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
 from sdfleet.storage.lock import alone
@@ -86,7 +89,10 @@ async def node(settings: Settings, device: Device) -> AsyncIterator[ServedNode]:
                 stack.push_async_callback(bus.close)
                 buses.append(bus)
             runtime = await stack.enter_async_context(standalone(settings))
-            yield ServedNode(_made(settings, device, runtime, folder, control=buses[0], bulk=buses[1]), buses)
+            language = await stack.enter_async_context(shelf_of(settings))
+            await language.look()
+            made = _made(settings, device, runtime, language, folder, control=buses[0], bulk=buses[1])
+            yield ServedNode(made, buses)
 
 
 async def _connected(identity: Identity, kind: str) -> NatsBus:
@@ -107,7 +113,9 @@ def _put_out(node: str) -> JoinRefused:
     return JoinRefused(f"the router has revoked node {node}", hint="to come back, join anew: sdfleet node --join CODE")
 
 
-def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *, control: Bus, bulk: Bus) -> Node:
+def _made(
+    settings: Settings, device: Device, runtime: Runtime, language: Shelf, folder: Path, *, control: Bus, bulk: Bus
+) -> Node:
     identity = device.identity
     options = NodeOptions(
         node=identity.node,
@@ -118,4 +126,5 @@ def _made(settings: Settings, device: Device, runtime: Runtime, folder: Path, *,
         facts=hardware(),
     )
     spool, stock = Spool(folder / "spool"), Stock(runtime.catalog, runtime, hub=lambda source: hub(settings, source))
-    return Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock)
+    speaker = None if language.is_empty else Speaker(identity.node, control=control, bulk=bulk, language=language)
+    return Node(options, control=control, bulk=bulk, runtime=runtime, spool=spool, stock=stock, speaker=speaker)

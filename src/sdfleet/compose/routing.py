@@ -34,6 +34,7 @@ from sdfleet.fleet.cost import Predictor
 from sdfleet.fleet.discovery import announced, own_addresses, place_of
 from sdfleet.fleet.entries import pack_entry, unpack_entry
 from sdfleet.fleet.joining import Joining
+from sdfleet.fleet.language import FleetLanguage
 from sdfleet.fleet.messages import BrokenMessage
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
@@ -139,12 +140,14 @@ async def fleet_house(
         live=life.live,
         end=life.end,
     )
+    language = FleetLanguage(backend, lines.transport.bus)
     async with runtime:
         await backend.open()
+        await language.open()
         await joining.start()
         await fleet.open()
         try:
-            yield here.house(runtime, desk, Readiness(life.prepare), fleet=fleet)
+            yield here.house(runtime, desk, Readiness(life.prepare), language=language, fleet=fleet)
         finally:
             fleet.closes()
             await desk.close()

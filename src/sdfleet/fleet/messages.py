@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar, cast
 from sdfleet.catalog.hubs.hub import Source
 from sdfleet.domain import MAX_IMAGES, ImageRequest, ImageResult, JobId, Picture
 from sdfleet.errors import SdfleetError
+from sdfleet.language.asking import LanguageModel, Speaking
 from sdfleet.plain import Misfit, from_plain, to_plain
 
 VERSION = 1
@@ -198,6 +199,7 @@ class Hello:
 
     boot: new with every start of the node's process. hello: counts up whenever this message says something new.
     slots: pictures that may be drawn at once. facts: hardware for people and /fleet/status (JSON values).
+    language: models that write, embed or listen, as they are while they are not used.
     """
 
     boot: str
@@ -210,6 +212,7 @@ class Hello:
     adapters: tuple[AdapterHere, ...] = ()
     memory_bytes: int = 0
     facts: Mapping[str, object] = field(default_factory=dict)
+    language: tuple[LanguageModel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +248,10 @@ class StepCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """How a node stands, every two seconds and at every change of a slot."""
+    """How a node stands, every two seconds and at every change of a slot.
+
+    memory_free_bytes: that pictures may use: what language models hold, or are about to, is not among it.
+    """
 
     boot: str
     seq: int
@@ -263,6 +269,7 @@ class Heartbeat:
     state: str = "ready"
     reason: str = ""
     is_leaving: bool = False
+    language: tuple[Speaking, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

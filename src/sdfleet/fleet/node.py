@@ -54,10 +54,13 @@ from sdfleet.fleet.messages import (
     up,
 )
 from sdfleet.fleet.shipping import Shipping, sha256_of
+from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock, slots_of
 from sdfleet.fleet.task import Task, pack_or_fail
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
+from sdfleet.language.asking import LanguageModel
+from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -97,7 +100,7 @@ class NodeOptions:
 class Node:
     """See the file's first lines. `run` until it is cancelled; `close` beforehand lets running jobs end.
 
-    stock: the models of this machine.
+    stock: the models of this machine. speaker: its language models, where it has any.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Node:
         runtime: Runtime,
         spool: Spool,
         stock: Stock,
+        speaker: Speaker | None = None,
     ) -> None:
         self.options = options
         self.boot = secrets.token_hex(8)
@@ -117,6 +121,7 @@ class Node:
         self._runtime = runtime
         self._spool = spool
         self._stock = stock
+        self._speaker = speaker or Speaker(options.node, control=control, bulk=bulk, language=Shelf())
         self._shipping = Shipping(options.node, bus=bulk, spool=spool, on_change=self._changed)
         self._jobs: dict[JobId, Task] = {}
         self._epoch = 0
@@ -124,6 +129,7 @@ class Node:
         self._hello = 1
         self._models: tuple[ModelHere, ...] = ()
         self._adapters: tuple[AdapterHere, ...] = ()
+        self._language: tuple[LanguageModel, ...] = ()
         self._beat = asyncio.Event()
         self._moved = asyncio.Event()
         self._has_news = asyncio.Event()
@@ -136,6 +142,7 @@ class Node:
     async def run(self) -> NoReturn:
         """Serve until cancelled. Jobs that are being drawn then are dropped; what is spooled stays."""
         self._models, self._adapters = await self._stock.models(), await self._stock.adapters()
+        self._language = self._speaker.models()
         self._control.on_connection(self._on_connection)
         heard = [
             await self._control.subscribe(down(self.options.node, what), self._guarded(handler))
@@ -145,6 +152,7 @@ class Node:
                 ("watch", self._on_watch),
                 ("order", self._on_order),
                 ("hello", self._on_hello),
+                *self._speaker.begin(changed=self._changed, is_old=self._is_old),
             )
         ]
         try:
@@ -156,6 +164,7 @@ class Node:
                 tasks.create_task(self._shipping.run(), name="shipping")
                 await asyncio.Event().wait()
         finally:
+            await self._speaker.close()
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
@@ -170,7 +179,7 @@ class Node:
         self._changed()
         try:
             async with asyncio.timeout(within_s):
-                while self._jobs or self._spool.all():
+                while self._jobs or self._spool.all() or self._speaker.n_running:
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
@@ -435,7 +444,10 @@ class Node:
         self._seq += 1
         standing = self._runtime.capabilities()
         loaded, pinned = self._stock.on_device()
-        memory = self._stock.memory(self.options.memory_bytes)
+        speaker = self._speaker
+        memory = self._stock.memory(
+            self.options.memory_bytes, beside_bytes=speaker.taken_bytes(), coming_bytes=speaker.coming_bytes()
+        )
         return Heartbeat(
             boot=self.boot,
             seq=self._seq,
@@ -459,6 +471,7 @@ class Node:
             state=standing.state,
             reason=standing.reason,
             is_leaving=self.is_leaving,
+            language=speaker.standing(),
         )  # fmt: skip
 
     async def _say_hello(self) -> None:
@@ -473,6 +486,7 @@ class Node:
             adapters=self._adapters,
             memory_bytes=self._stock.memory(self.options.memory_bytes).total_bytes,
             facts=self.options.facts,
+            language=self._language,
         )
         await self._publish(up(self.options.node, "hello"), hello)
 
@@ -483,8 +497,9 @@ class Node:
 
     async def _look_at_models(self) -> None:
         models, adapters = await self._stock.models(), await self._stock.adapters()
-        if (models, adapters) != (self._models, self._adapters):
-            self._models, self._adapters = models, adapters
+        spoken = self._speaker.models()
+        if (models, adapters, spoken) != (self._models, self._adapters, self._language):
+            self._models, self._adapters, self._language = models, adapters, spoken
             self._hello += 1
             await self._say_hello()
 

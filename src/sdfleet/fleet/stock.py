@@ -83,15 +83,20 @@ class Stock:
             self._curves_of = told, tuple(_curves(cast("list[Mapping[str, Any]]", told), self._names))
         return self._curves_of[1]
 
-    def memory(self, device_bytes: int) -> Memory:
-        """Of the device: what the engine says, else `device_bytes`; this machine's where both are silent."""
+    def memory(self, device_bytes: int, *, beside_bytes: int = 0, coming_bytes: int = 0) -> Memory:
+        """Of the device: what the engine says, else `device_bytes`; this machine's where both are silent.
+
+        beside_bytes: what language models hold on it. Pictures never get that: their model is in use, or may be at any
+        moment, and nobody would bring it back. coming_bytes: the part of it that no measurement shows yet.
+        """
         facts = self._runtime.capabilities().facts
         machine = psutil.virtual_memory()
         total = cast("int", facts.get("memory_bytes", 0)) or device_bytes
         if not total:
-            return Memory(total_bytes=machine.total, free_bytes=machine.available)
+            return Memory(total_bytes=machine.total, free_bytes=max(0, machine.available - coming_bytes))
         taken = cast("int", facts.get("resident_bytes", 0))
-        free = cast("int", facts.get("memory_free_bytes", total - taken))
+        measured = cast("int | None", facts.get("memory_free_bytes"))
+        free = total - taken - beside_bytes if measured is None else measured - coming_bytes
         return Memory(total_bytes=total, free_bytes=max(0, free))
 
     async def obey(self, order: Order, tell: Callable[[Mapping[str, object]], Awaitable[None]]) -> Mapping[str, object]:
