@@ -126,8 +126,6 @@ class Settings(BaseSettings):
     """A key of Black Forest Labs: with it the backend `flux-api` draws there, for money, where it is named."""
     bfl_endpoint: Endpoint = "https://api.bfl.ai"
     """Their service, for example `https://api.eu.bfl.ai`."""
-    ollama_url: Endpoint | None = None
-    """An Ollama whose image models may be drawn with (backend `ollama`), for example `http://127.0.0.1:11434`."""
     backend: Annotated[Literal["local", "fake"], BeforeValidator(_lower)] = "local"
     """`local` draws; `fake` makes up pictures without a model, for testing what stands around it."""
     fake_step_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
@@ -243,7 +241,7 @@ class Settings(BaseSettings):
     node_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pictures that a node draws at once; found by what the engine measures when not set."""
     ollama_url: Endpoint | None = None
-    """An Ollama whose models answer here too, for example `http://127.0.0.1:11434`; none when not set."""
+    """An Ollama whose models answer here too, and draw (backend `ollama`), for example `http://127.0.0.1:11434`."""
     language_urls: Endpoints = ()
     """OpenAI-compatible servers (llama.cpp, vLLM, LM Studio) whose models answer here too; separated by commas."""
     language_key: SecretStr | None = None
