@@ -178,6 +178,17 @@ def test_every_list_of_models_has_those_of_the_others_with_their_backend(here: R
     assert httpx2.get(f"{here.url}/sdapi/v1/sd-models").status_code == 200
 
 
+def test_what_is_asked_about_a_model_without_weights_here_has_an_answer(here: Running) -> None:
+    tokens = post(here, "/api/tokens", {"model": "flux-pro-1.1", "prompt": "a fox"})
+    assert (tokens.status_code, tokens.json()["prompt"]) == (200, [])
+    for path in ("/sdapi/v1/embeddings", "/sdapi/v1/options", "/fleet/status", "/fleet/queue", "/api/ps", "/info"):
+        assert httpx2.get(f"{here.url}{path}").status_code == 200, path
+    assert httpx2.get(f"{here.url}/v1/models/flux-pro-1.1").json()["root"] == "flux-pro-1.1"
+    assert post(here, "/api/models/z-image-turbo/load", {}).status_code == 200
+    assert post(here, "/api/models/z-image-turbo/unload", {}).status_code == 200
+    assert post(here, "/api/generate", {"model": "z-image-turbo", "prompt": ""}).json()["done_reason"] == "load"
+
+
 def test_no_answer_holds_the_key(here: Running) -> None:
     for path in ("/info", "/api/backends", "/health", "/api/models", "/metrics", "/status", "/dashboard/api/settings"):
         assert KEY not in httpx2.get(f"{here.url}{path}").text

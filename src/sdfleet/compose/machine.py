@@ -144,7 +144,7 @@ def forecast_question(card: Card, settings: Settings, *, budget_s: float, all_fo
     from sdfleet.engine.forecast import Question
 
     name = card.architecture or card.name
-    if name not in architectures.names():
+    if card.backend is not None or name not in architectures.names():
         return None
     return Question(
         architecture=name,

@@ -29,6 +29,8 @@ _ENCODERS: dict[Family, tuple[tuple[str, str, int], ...]] = {
     "flux": (("clip_l", "tokenizer", 75), ("t5", "tokenizer_2", 511)),
     "flux2": (("qwen", "tokenizer", 512),),
     "zimage": (("qwen", "tokenizer", 512),),
+    # Whoever draws it reads the prompt by a tokenizer that is not here.
+    "other": (),
 }
 _IN_ONE_PIECE = frozenset({"t5", "qwen"})
 # A Tokenizer is not meant for several threads at once.
