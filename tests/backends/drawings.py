@@ -13,6 +13,7 @@ from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, JobId
 from sdfleet.engine.events import EngineOptions
+from sdfleet.engine.guests import launch
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parents[1] / "src"
@@ -58,6 +59,23 @@ def scripted_backend(
     """A LocalBackend with a real child process and no torch."""
     env = child_environment() if env is None else env
     return LocalBackend(EngineOptions(n_threads=3), command=child_command(engine), env=env, **more)
+
+
+def guest_command(engine: str = "fake_guest:open_engine", *, python: str = sys.executable) -> Sequence[str]:
+    """The launcher of engines of other projects with a made-up one, which is put on its path here."""
+    script = (
+        f"import runpy, sys; sys.path.append({str(HERE)!r}); runpy.run_path({launch.__file__!r}, run_name='__main__')"
+    )
+    return (python, "-I", "-c", script, "--engine", engine)
+
+
+def guest_backend(
+    engine: str = "open_engine", *, python: str = sys.executable, options: EngineOptions | None = None
+) -> LocalBackend:
+    """A backend over the made-up guest of fake_guest.py, in a real child process."""
+    return LocalBackend(
+        options or EngineOptions(), command=guest_command(f"fake_guest:{engine}", python=python), name="guest"
+    )
 
 
 def scripted_pool(

@@ -16,12 +16,12 @@ from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.errors import BadRequest, EngineDied, InUse, JobCancelled
 from tests.backends import ollama_server
 from tests.backends.bfl_server import BflServer, serving
-from tests.backends.drawings import drawing, endless, scripted_backend, scripted_pool
+from tests.backends.drawings import drawing, endless, guest_backend, scripted_backend, scripted_pool
 from tests.backends.ollama_server import OllamaServer
 from tests.backends.services import bfl_backend
 
 Build = Callable[[], Backend]
-HERE: dict[str, Build] = {"fake": FakeBackend, "local": scripted_backend, "pool": scripted_pool}
+HERE: dict[str, Build] = {"fake": FakeBackend, "local": scripted_backend, "pool": scripted_pool, "guest": guest_backend}
 SERVICES = ("flux-api", "ollama")
 
 

@@ -214,7 +214,7 @@ def test_resize_keeps_the_kind_of_picture() -> None:
 
 @pytest.mark.parametrize("size", [(64, 96), (100, 64), (64, 64), (24, 160)])
 def test_a_picture_is_fitted_as_the_engine_fits_those_it_draws_in_another_shape(size: tuple[int, int]) -> None:
-    from sdfleet.engine import pixels
+    from sdfleet.engine import resizing
 
     picture = _gradient()
-    assert pictures.fit(picture, width_px=size[0], height_px=size[1]) == pixels.fitted(picture, *size)
+    assert pictures.fit(picture, width_px=size[0], height_px=size[1]) == resizing.fitted(picture, *size)

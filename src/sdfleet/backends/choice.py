@@ -180,9 +180,11 @@ class Backends:
             if this >= key:
                 continue
             try:
-                best, key = self._by_way(way, entry, request), this
+                found = self._by_way(way, entry, request)
             except BadRequest:
                 continue
+            if not found.warnings:  # who would leave something out draws only where it was named
+                best, key = found, this
         return best
 
     def _reads(self, way: Way, card: Card) -> bool:

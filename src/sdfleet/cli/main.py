@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from sdfleet import __version__
-from sdfleet.cli import bench, catalog, doctor, fleet, generate, jobs, keys, node, outputs, router, serve, train
+from sdfleet.cli import (
+    backend,
+    bench,
+    catalog,
+    doctor,
+    fleet,
+    generate,
+    jobs,
+    keys,
+    node,
+    outputs,
+    router,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="sdfleet",
@@ -27,6 +41,7 @@ app.command("router")(router.router)
 app.command("node")(node.node)
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(catalog.app, name="models")
+app.add_typer(backend.app, name="backend")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(outputs.app, name="outputs")

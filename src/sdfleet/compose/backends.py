@@ -5,14 +5,17 @@ from __future__ import annotations
 from sdfleet.backends import bfl_models
 from sdfleet.backends.absent import AbsentBackend
 from sdfleet.backends.choice import Way
+from sdfleet.backends.guests.ways import ways
 from sdfleet.catalog.cards import Card
+from sdfleet.catalog.store import Catalog
 from sdfleet.domain import ImageRequest
+from sdfleet.engine.events import EngineOptions
 from sdfleet.settings import Settings
 
 
 def others(settings: Settings) -> tuple[Way, ...]:
     """Every way there is a name for, also those that cannot be used now: they say why."""
-    return (_bfl(settings), _ollama(settings))
+    return (_bfl(settings), _ollama(settings), *_guests(settings))
 
 
 def _bfl(settings: Settings) -> Way:
@@ -63,3 +66,17 @@ def _ollama(settings: Settings) -> Way:
 def _nothing(_card: Card, _request: ImageRequest) -> tuple[str, ...]:
     """What `Way.check` is for what has no models."""
     return ()
+
+
+def _guests(settings: Settings) -> tuple[Way, ...]:
+    """mflux and DiffusionKit, with what of the engine's settings they know."""
+    catalog = Catalog(settings.models_folder)
+    options = EngineOptions(
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        text_weights=settings.text_weights,
+        memory_mode=settings.memory_mode,
+        memory_limit_bytes=settings.memory_limit,
+    )
+    return ways(settings.home, options, folder_of=lambda card: catalog.resolve(card.name).folder)

@@ -32,9 +32,10 @@ from sdfleet.engine.executors import is_of
 from sdfleet.engine.job import Job
 from sdfleet.engine.lora import set_of
 from sdfleet.engine.memory import Rung
-from sdfleet.engine.pixels import fitted, resized, to_picture
+from sdfleet.engine.pixels import to_picture
 from sdfleet.engine.rehearsal import Rehearsal
 from sdfleet.engine.residency import DeviceResidency, Loaded
+from sdfleet.engine.resizing import fitted, resized
 from sdfleet.engine.step_batch import StepBatch, shares_step
 from sdfleet.engine.step_cache import told_of
 from sdfleet.engine.step_curves import StepCurves

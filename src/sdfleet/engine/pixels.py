@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdfleet.domain import Picture
@@ -29,24 +27,3 @@ def to_picture(image: Tensor) -> Picture:
     pixels = pixels.permute(1, 2, 0).contiguous().cpu()
     height_px, width_px, _ = pixels.shape
     return Picture(width_px=width_px, height_px=height_px, mode="RGB", data=pixels.numpy().tobytes())
-
-
-def fitted(picture: Picture, width_px: int, height_px: int) -> Picture:
-    """The RGB picture as large as fits, in the middle; what is left over continues its outermost pixels.
-
-    For a model that draws one shape only: nothing is stretched and nothing is cut off.
-    """
-    scale = min(width_px / picture.width_px, height_px / picture.height_px)
-    inner = resized(picture, round(picture.width_px * scale), round(picture.height_px * scale))
-    pixels = np.frombuffer(inner.data, np.uint8).reshape(inner.height_px, inner.width_px, 3)
-    above, left = (height_px - inner.height_px) // 2, (width_px - inner.width_px) // 2
-    margins = ((above, height_px - inner.height_px - above), (left, width_px - inner.width_px - left), (0, 0))
-    whole = np.pad(pixels, margins, mode="edge")
-    return Picture(width_px=width_px, height_px=height_px, mode="RGB", data=whole.tobytes())
-
-
-def resized(picture: Picture, width_px: int, height_px: int) -> Picture:
-    """The RGB picture at another size, by Lanczos resampling."""
-    image = Image.frombytes("RGB", (picture.width_px, picture.height_px), picture.data)
-    image = image.resize((width_px, height_px), Image.Resampling.LANCZOS)
-    return Picture(width_px=width_px, height_px=height_px, mode="RGB", data=image.tobytes())

@@ -17,9 +17,10 @@ from sdfleet.engine.components import Components
 from sdfleet.engine.devices import Device
 from sdfleet.engine.families.base import Blend, NetworkRows, Source, Start
 from sdfleet.engine.families.qwen import QwenFamily
-from sdfleet.engine.pixels import resized, to_mask, to_unit_range
+from sdfleet.engine.pixels import to_mask, to_unit_range
 from sdfleet.engine.prompt_cache import PromptCache
 from sdfleet.engine.qwen_encoder import QWEN_MIN_LENGTH
+from sdfleet.engine.resizing import resized
 from sdfleet.engine.vae import PatchedVae
 from sdfleet.errors import UnsupportedByModel
 
