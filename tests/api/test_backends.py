@@ -83,9 +83,9 @@ def test_a_service_draws_where_it_is_named_and_everything_says_so(here: Running)
 
 def test_every_dialect_that_can_name_a_backend_does(here: Running, bfl: BflServer) -> None:
     raw = post(here, "/api/txt2img", ASKED, Accept="image/png")
-    assert (raw.headers["x-fleet-backend"], raw.headers["content-type"]) == ("flux-api", "image/png")
+    assert (raw.headers["x-backend"], raw.headers["content-type"]) == ("flux-api", "image/png")
     herd = post(here, "/api/generate-image", ASKED)
-    assert herd.headers["x-fleet-backend"] == "flux-api"
+    assert herd.headers["x-backend"] == "flux-api"
     size = {"width": 512, "height": 256}
     generate = post(here, "/generate", {"prompt": "a fox", "backend": "flux-api", "model": "flux-pro-1.1", **size})
     assert generate.json()["backend"] == "flux-api"
@@ -104,7 +104,7 @@ def test_our_own_engine_says_that_it_drew(here: Running) -> None:
     asked = {"prompt": "x", "steps": 1}
     assert post(here, "/api/txt2img", asked).json()["backend"] == "sd"
     assert post(here, "/api/txt2img", {**asked, "backend": "sd"}).json()["backend"] == "sd"
-    assert post(here, "/api/generate-image", {**asked, "model": "starter"}).headers["x-fleet-backend"] == "sd"
+    assert post(here, "/api/generate-image", {**asked, "model": "starter"}).headers["x-backend"] == "sd"
 
 
 # --------------------------------------------------------------------------------------------- what leaves this machine

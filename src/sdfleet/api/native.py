@@ -323,7 +323,7 @@ async def raw_picture(house: House, job: Job) -> Response:
         "X-Seed": str(output.seed),
         "X-Generation-Time": str(round(drawing_s(job) * 1000)),
         "X-Model": job.request.model,
-        "X-Fleet-Backend": await backend_of(house, job),
+        "X-Backend": await backend_of(house, job),
         "X-Safety": output.safety,
     }
     return Response(await house.desk.picture(output), media_type=MEDIA_TYPES[output.format], headers=headers)
