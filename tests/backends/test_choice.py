@@ -41,6 +41,7 @@ class Stands:
     def __init__(self, folder: Path, *, default: str | None = None, **changed: Any) -> None:
         self.own = FakeBackend()
         self.refuses: set[str] = set()
+        self.leaves_out: set[str] = set()
         given: dict[str, dict[str, Any]] = {
             "flux-api": {"cards": lambda: (PRO, SAME), "service": "api.example", "is_ours": False},
             "mflux": {"families": ("flux",)},
@@ -62,7 +63,7 @@ class Stands:
         def check(card: Card, _request: ImageRequest) -> tuple[str, ...]:
             if name in self.refuses:
                 raise UnsupportedByModel(f"{name} does not draw {card.name}")
-            return (f"{name} leaves something out",)
+            return (f"{name} leaves something out",) if name in self.leaves_out else ()
 
         given: dict[str, Any] = {"backend": FakeBackend(name=name), "reason": lambda: "", "check": check}
         return Way(id=name, **(given | facts))
@@ -116,6 +117,13 @@ def test_what_is_in_memory_goes_before_and_then_the_rank_decides(tmp_path: Path)
     assert preferred.choose("flux").backend == "mflux"
     preferred.warm("own", "flux")
     assert preferred.choose("flux").backend == "flux-local"
+
+
+def test_one_that_would_leave_something_out_draws_only_where_it_is_named(tmp_path: Path) -> None:
+    stands = Stands(tmp_path, mflux={"rank": 5})
+    stands.leaves_out.add("mflux")
+    assert stands.choose("flux").backend == "flux-local"
+    assert stands.choose("flux", "mflux").warnings == ("mflux leaves something out",)
 
 
 def test_one_that_cannot_or_is_not_here_is_passed_over_and_says_why_when_it_is_named(tmp_path: Path) -> None:

@@ -65,12 +65,15 @@ def test_a_guest_needs_nothing_of_our_environment_but_the_package_itself(bare_py
 
 
 def test_what_lies_beside_our_package_is_hidden_from_a_guest() -> None:
-    """Its folder's parent is our site-packages: a guest would take our huggingface_hub for its own."""
+    """Its folder's parent is our site-packages: a guest would take our huggingface_hub for its own.
+
+    -S, because this environment may name that folder in a file of its own, as a guest's does not.
+    """
     script = (
         f"import runpy, sys; sys.argv = ['launch', '--help']; runpy.run_path({launch.__file__!r}, run_name='__main__')"
     )
     show = f"import atexit, sys; atexit.register(lambda: print(sys.path)); {script}"
-    done = subprocess.run([sys.executable, "-I", "-c", show], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", show], capture_output=True, text=True, check=True)
     assert "The process that owns one device" in done.stdout
     assert str(Path(launch.__file__).parents[3]) not in done.stdout.splitlines()[-1]
 

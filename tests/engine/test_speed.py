@@ -104,8 +104,8 @@ def test_the_benchmark_of_the_planner_runs_whole_at_toy_size() -> None:
     assert rows
     for row in rows:
         told, seen = row["predicted"], row["measured"]
-        assert told.keys() == seen.keys()
-        assert all(figure > 0 for figure in (*told.values(), *seen.values())), row
+        assert seen.keys() <= told.keys()
+        assert all(figure > 0 for figure in (*(told[name] for name in seen), *seen.values())), row
         # No more can be said of tensors so small: what libraries hold for themselves is as large. The real sizes are in
         # benchmarks/LOG.md.
         assert 0.1 < told["peak"] / seen["peak"] < 10, row

@@ -22,6 +22,8 @@ def multiply(here: Running, *, n: int) -> None:
         for i in reversed(range(n - 1))
     ]
     for copy in copies:
-        os.link(source, here.house.files.path(copy))
+        path = here.house.files.path(copy)
+        path.parent.mkdir(exist_ok=True)  # of the day after, perhaps
+        os.link(source, path)
     rows = [job_rows.output_row(copy, owner=LOCAL_OWNER) for copy in copies]
     here.call(here.house.store._database.write(lambda connection: connection.execute(insert(outputs), rows).rowcount))

@@ -51,13 +51,12 @@ _NEW_SHARE = 0.2
 N_TURNS = 4096
 
 
-class _Silent(UpstreamFailed):
-    """A node did not say a word in time. Caught where another is asked, or told as what it is."""
-
-
 @dataclass(slots=True, eq=False)
 class _Hearing:
-    """An answer as it comes in. n_read: bytes that its reader has taken. told_to: the credit that was given."""
+    """An answer as it comes in. n_read: bytes that its reader has taken. told_to: the credit that was given.
+
+    is_silent: its node did not say a word in time, and may go on with it.
+    """
 
     req: str
     node: str
@@ -68,6 +67,7 @@ class _Hearing:
     n_read: int = 0
     told_to: int = WINDOW_BYTES
     is_ended: bool = False
+    is_silent: bool = False
     fault: SdfleetError | None = None
     model: LanguageModel | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -197,7 +197,7 @@ class FleetLanguage:
             self._n_running[key] -= 1
             if not self._n_running[key]:
                 del self._n_running[key]
-            if not hearing.is_ended or isinstance(hearing.fault, _Silent):
+            if not hearing.is_ended or hearing.is_silent:
                 await self._hush(hearing.node, hearing.req)
 
     async def _pieces(self, hearing: _Hearing, ask: Ask) -> AsyncGenerator[bytes]:
@@ -230,7 +230,8 @@ class FleetLanguage:
                 return
             hearing.news.clear()
             if not await _within(hearing.news, SILENT_S if is_heard else HEARD_WITHIN_S):
-                hearing.end(_Silent(f"node {hearing.node} is silent", hint="is it on, and on the network?"))
+                hearing.is_silent = True
+                hearing.end(UpstreamFailed(f"node {hearing.node} is silent", hint="is it on, and on the network?"))
             is_heard = True
 
     async def _credit(self, hearing: _Hearing) -> None:
