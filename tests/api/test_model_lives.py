@@ -169,7 +169,9 @@ def test_memory_returns_to_its_base_when_one_of_two_checkpoints_leaves(server: R
         drawn(server, "large", kind="sd15")
         assert process.memory_info().rss > base + 100 * MIB
         asked(server, "POST", "/api/models/large/unload")
-        assert process.memory_info().rss < base + 25 * MIB
+        # The weights are 200 MiB. The engine alone is flat from the first time on; in its process threads come and go,
+        # and what the allocator keeps for them has been 35 MiB after eight times.
+        assert process.memory_info().rss < base + 50 * MIB
 
     assert in_memory(server) == {"anchor"}
     asked(server, "DELETE", "/api/delete", model="large")
