@@ -16,10 +16,11 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from sdfleet.catalog.store import Catalog
 from tests.api.serving import Running
 
 
-def _run(command: str, folder: Path, here: Running) -> str:
+def run_command(command: str, folder: Path, here: Running) -> str:
     """The command's output, with the port of the server under test."""
     port = here.url.rpartition(":")[2]
     text = command.replace("localhost:11435", f"localhost:{port}").replace("python3", shlex.quote(sys.executable))
@@ -32,13 +33,18 @@ def test_the_image_commands_of_the_page_work_word_for_word(server: Callable[...,
     here = server()
     # The page's models are not here; cards of these names point at the built-in weights.
     for name in ("sd3-medium", "sd3.5-large"):
-        _import_as(here, name)
-    _run(
+        import_as(here.house.settings.models_folder, name)
+    image_commands(here, tmp_path)
+
+
+def image_commands(here: Running, tmp_path: Path) -> None:
+    """Those of the page that draw, and that look at what was drawn."""
+    run_command(
         'curl -o a.png http://localhost:11435/api/generate-image -H "Content-Type: application/json" '
         "-d '{\"model\":\"sd3-medium\",\"prompt\":\"a city at dusk\",\"width\":1024,\"height\":1024,\"steps\":20}'",
         tmp_path, here,
     )  # fmt: skip
-    _run(
+    run_command(
         'curl -o b.png http://localhost:11435/api/generate-image -H "Content-Type: application/json" '
         "-d '{\"model\":\"sd3.5-large\",\"prompt\":\"an oil portrait\",\"width\":1024,\"height\":1024,\"steps\":30}'",
         tmp_path, here,
@@ -47,10 +53,10 @@ def test_the_image_commands_of_the_page_work_word_for_word(server: Callable[...,
         with Image.open(tmp_path / name) as image:
             assert image.size == (1024, 1024)
     stats = json.loads(
-        _run("curl -s http://localhost:11435/dashboard/api/image-stats | python3 -m json.tool", tmp_path, here)
+        run_command("curl -s http://localhost:11435/dashboard/api/image-stats | python3 -m json.tool", tmp_path, here)
     )
     assert (stats["total"], stats["completed"], stats["failed"]) == (2, 2, 0)
-    status = _run(
+    status = run_command(
         """curl -s http://localhost:11435/fleet/status | python3 -c "import sys,json
 for n in json.load(sys.stdin).get('nodes', []):
     img = n.get('image', {})
@@ -60,13 +66,13 @@ for n in json.load(sys.stdin).get('nodes', []):
     assert "sd3-medium" in status
 
 
-def _import_as(here: Running, name: str) -> None:
-    starter = here.house.catalog.resolve("starter")
+def import_as(models: Path, name: str) -> None:
+    """A card of this name for the built-in weights, in a folder of models."""
+    starter = Catalog(models).resolve("starter")
     text = starter.card.model_copy(update={"name": name, "aliases": (), "folder": str(starter.folder)})
-    folder = here.house.settings.models_folder
-    folder.mkdir(parents=True, exist_ok=True)
+    models.mkdir(parents=True, exist_ok=True)
     facts = text.model_dump(mode="json", exclude_none=True)
-    (folder / f"{name}.toml").write_text(tomli_w.dumps(facts), encoding="utf-8")
+    (models / f"{name}.toml").write_text(tomli_w.dumps(facts), encoding="utf-8")
 
 
 def test_the_answer_is_a_png_with_the_facts_in_its_headers(fake_server: Running) -> None:
