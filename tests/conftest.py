@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
     )
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that runs in this process sets up logging for all of it; the next test must not notice."""
+    told = [logging.getLogger(name) for name in ("sdfleet", "py.warnings")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in told]
+    yield
+    for logger, (handlers, propagates, level) in zip(told, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagates
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

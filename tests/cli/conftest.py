@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(home: Path) -> Iterator[Run]:  # noqa: ARG001 - sets the stage
-    """Run `sdfleet` with these arguments, in this process, whose logging is then as it was."""
+def run(home: Path) -> Run:  # noqa: ARG001 - sets the stage
+    """Run `sdfleet` with these arguments, in this process."""
     from sdfleet.cli.main import app
 
     def run(*arguments: str) -> Answer:
@@ -63,13 +62,7 @@ def run(home: Path) -> Iterator[Run]:  # noqa: ARG001 - sets the stage
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         return Answer(code=done.exit_code, out=done.stdout, err=done.stderr)
 
-    told = [logging.getLogger(name) for name in ("sdfleet", "py.warnings")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in told]
-    yield run
-    logging.captureWarnings(capture=False)
-    for logger, (handlers, propagates, level) in zip(told, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagates
-        logger.setLevel(level)
+    return run
 
 
 def pictures_in(folder: Path) -> Sequence[Path]:
