@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_two_torches_on_the_path_are_both_named_and_the_hidden_one_last(tmp_path
     found = look("two-torches", machine(tmp_path, search_path=(str(user), str(site))))
     assert found.verdict == "fault"
     assert f"torch is imported from {user / 'torch'} and hides {site / 'torch'}" in found.what
-    assert f"{sys.executable} -m pip uninstall -y torch" in found.cure
+    assert f"{shlex.quote(sys.executable)} -m pip uninstall -y torch" in found.cure
 
 
 def test_a_file_of_the_working_folder_that_hides_a_library_is_named(tmp_path: Path) -> None:
