@@ -159,7 +159,9 @@ def test_memory_returns_to_its_base_when_one_of_two_checkpoints_leaves(server: R
     path = _large(tmp_path / "large")
     imported(server, path, name="large", base=path)
     drawn(server, "anchor", kind="anchor")
-    for _ in range(2):  # what libraries keep from now on is not the checkpoint's
+    # What libraries keep from now on is not the checkpoint's. The engine alone is flat after the first time; in its
+    # process threads come and go, and what the allocator keeps for them stands after five.
+    for _ in range(5):
         drawn(server, "large", kind="sd15")
         asked(server, "POST", "/api/models/large/unload")
     process = psutil.Process(engine_pid(server))
@@ -169,9 +171,7 @@ def test_memory_returns_to_its_base_when_one_of_two_checkpoints_leaves(server: R
         drawn(server, "large", kind="sd15")
         assert process.memory_info().rss > base + 100 * MIB
         asked(server, "POST", "/api/models/large/unload")
-        # The weights are 200 MiB. The engine alone is flat from the first time on; in its process threads come and go,
-        # and what the allocator keeps for them has been 35 MiB after eight times.
-        assert process.memory_info().rss < base + 50 * MIB
+        assert process.memory_info().rss < base + 25 * MIB
 
     assert in_memory(server) == {"anchor"}
     asked(server, "DELETE", "/api/delete", model="large")

@@ -97,15 +97,16 @@ def test_a_torn_file_is_measured_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_planner_runs_whole_at_toy_size() -> None:
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="the peak of networks so small is predicted at 0.26 and 0.29 of the measured one, 120 and 350 MB too low: "
+    "nobody has found out yet what takes the rest",
+)
+def test_the_benchmark_of_the_planner_finds_it_near_at_toy_size() -> None:
     command = [sys.executable, "benchmarks/planner.py", "--thin", "--side", "256", "--budget", "60", "--json"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    rows = json.loads(answer.stdout.splitlines()[-1])
-    assert rows
-    for row in rows:
+    for row in json.loads(answer.stdout.splitlines()[-1]):
         told, seen = row["predicted"], row["measured"]
-        assert seen.keys() <= told.keys()
-        assert all(figure > 0 for figure in (*(told[name] for name in seen), *seen.values())), row
-        # No more can be said of tensors so small: what libraries hold for themselves is as large. The real sizes are in
-        # benchmarks/LOG.md.
-        assert 0.1 < told["peak"] / seen["peak"] < 10, row
+        # Generous: small tensors lie in the allocator's gaps, and other programs are running.
+        assert 0.4 < told["peak"] / seen["peak"] < 2.5, row
+        assert 0.1 < told["step_s"] / seen["step_s"] < 5, row
