@@ -215,8 +215,6 @@ def test_urgent_jobs_are_held_first(play: Callable[[Test], None]) -> None:
         router = await here.transport("r1")
         for number in range(4):
             await router.ledger.enter(JobId(f"j{number}"), b"", is_urgent=number % 2 == 1)
-        if here.is_real:
-            await asyncio.sleep(4)  # both consumers have fetched what there is
         assert [each.job for each in await _all(router)] == ["j1", "j3", "j0", "j2"]
 
     play(test)

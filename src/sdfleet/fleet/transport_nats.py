@@ -285,6 +285,8 @@ class NatsLedger:
         self._others: asyncio.Queue[Entry] = asyncio.Queue()
         self._news = asyncio.Event()
         self._is_asked = asyncio.Event()
+        # The urgent ones that lay there are held: until then the others would be handed out before them.
+        self._urgent_are_held = asyncio.Event()
         self._pullers: list[asyncio.Task[None]] = []
 
     async def open(self, *, replicas: int) -> None:
@@ -364,8 +366,14 @@ class NatsLedger:
                 if source is None:
                     await self._js.add_consumer(STREAM, _consumer(kind))
                     source = await self._js.pull_subscribe_bind(consumer=_consumer_name(kind), stream=STREAM)
+                    if queue is self._others:
+                        await self._urgent_are_held.wait()
+                    elif not (await source.consumer_info()).num_pending:
+                        self._urgent_are_held.set()
                 for message in await source.fetch(batch=64, timeout=FETCH_S):
                     queue.put_nowait(_entry(message))
+                if queue is self._urgent:
+                    self._urgent_are_held.set()
                 self._news.set()
             except TimeoutError:
                 continue
@@ -375,6 +383,8 @@ class NatsLedger:
                     with contextlib.suppress(NatsError, OSError):
                         await source.unsubscribe()
                     source = None
+                if queue is self._urgent:
+                    self._urgent_are_held.clear()
                 await asyncio.sleep(RECONNECT_S)
 
 
