@@ -4,8 +4,10 @@
     python benchmarks/planner.py --case sdxl:512:2:bfloat16   # name:side:rows:format, as often as you like
     python benchmarks/planner.py --side 64 --thin             # a minute's look on any machine
 
-The measured peak is the most resident memory of the process that draws, above what it held with torch imported and
-nothing loaded, over load, steps and decode; measured times are of the second picture. Rows: 2 is one guided picture, 1
+Both peaks are those of the checkpoint and not of the whole process: the measured one is the most memory that is no
+file's of the process that draws two pictures, weights among it, above what it held with its libraries imported and
+nothing loaded. (Pages of files are the libraries' code; the system takes them back first. Loading is not looked at: it
+draws random weights here.) Measured times are of the second picture. Rows: 2 is one guided picture, 1
 one without guidance, 4 two guided ones together. Text encoders are made light (`--text-encoders` keeps them). The
 prediction is made first, in a process of its own. Linux: peaks are read from /proc.
 """
@@ -27,14 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sdfleet.domain import Drawing
+    from sdfleet.engine.engine import Engine
     from sdfleet.engine.events import DtypeChoice
 
 STEPS = 2
 DEPTHS = ("num_layers", "num_single_layers")
 # A network of a few channels for a quick look; by class of the component.
 THIN: dict[str, dict[str, Any]] = {
-    "UNet2DConditionModel": {"block_out_channels": [32, 64, 64, 64]},
+    "UNet2DConditionModel": {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": 8},
     "SD3Transformer2DModel": {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256},
+    "FluxTransformer2DModel": {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 2},
     "AutoencoderKL": {"block_out_channels": [32, 32, 64, 64]},
 }
 
@@ -66,6 +70,8 @@ def checkpoint(case: Case, *, is_thin: bool, has_text_encoders: bool, n_layers: 
     parts = {}
     for name, part in architecture.parts.items():
         changed = dict(THIN.get(part.class_name, {})) if is_thin else {}
+        if "down_block_types" in part.config and "block_out_channels" in changed:
+            changed["block_out_channels"] = changed["block_out_channels"][: len(part.config["down_block_types"])]
         if n_layers is not None and name == "transformer":
             changed |= {depth: n_layers for depth in DEPTHS if depth in part.config}
         parts[name] = Part(class_name=part.class_name, config={**part.config, **changed})
@@ -116,38 +122,78 @@ def predicted(case: Case, folder: Path, book: Path, budget_s: float) -> dict[str
         estimate = speed.estimate(work.calls, n_views=work.n_views)
         seconds[f"{name}_s"] = 0.0 if estimate is None else estimate.seconds
     seconds["decode_s"] *= asked.n_images
-    kept = family.decode_bytes(width_px=side_px, height_px=side_px) - works["decode"].peak_bytes
-    live = kept + max(works["step"].peak_bytes, works["decode"].peak_bytes * asked.n_images)
-    peak = family.components.weights().total + live
+    left = family.left_by_prompts_bytes(asked)
+    step = family.peak_bytes(width_px=side_px, height_px=side_px, n_rows=case.n_rows)
+    decode = family.decode_bytes(width_px=side_px, height_px=side_px, n_rows=case.n_rows)
+    decode += (works["decode"].peak_bytes + works["decode"].heap_bytes) * (asked.n_images - 1)
+    peak = family.components.weights().total + left + max(step, decode)
     return seconds | {"peak": peak, "looked_s": looked_s, "took_s": time.perf_counter() - begun_s}
 
 
 def measured(case: Case, folder: Path, *, n_steps: int) -> dict[str, float]:
-    import psutil
-
     from sdfleet.engine.engine import Engine
-    from sdfleet.engine.events import EngineOptions, JobDone, JobFailed
+    from sdfleet.engine.events import EngineOptions
 
     options = EngineOptions(device="cpu", dtype=case.dtype, executor="torch", compile="off", max_rows=case.n_rows)
     engine = Engine(options)
-    base = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    base = _with_libraries(case, folder)
+    # Loaded before anything is counted: to draw random weights takes 0.1 GB that to read a file does not.
+    _drawn(engine, replace(drawing_of(case, folder, number=0), n_images=0))
     seen: dict[str, float] = {}
+    peak = 0
     for number in range(1 if n_steps == 1 else 2):
-        engine.submit(replace(drawing_of(case, folder, number=number), steps=n_steps))
-        ended = False
-        while not ended:
-            for event in engine.step():
-                if isinstance(event, JobFailed):
-                    raise event.error
-                if isinstance(event, JobDone):
-                    ended = True
-                    timings = event.timings_s
-                    seen = {"encode_s": timings["encode"], "step_s": timings["denoise"] / n_steps}
-                    seen["decode_s"] = timings["decode"]
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        timings, one_peak = _drawn(engine, replace(drawing_of(case, folder, number=number), steps=n_steps))
+        seen = {"encode_s": timings["encode"], "step_s": timings["denoise"] / n_steps, "decode_s": timings["decode"]}
+        peak = max(peak, one_peak)
     return seen | {"peak": peak - base}
+
+
+def _drawn(engine: Engine, asked: Drawing) -> tuple[dict[str, float], int]:
+    """The seconds of a drawing's phases, and the most bytes of this process meanwhile that are no file's."""
+    from sdfleet.engine.events import JobDone, JobFailed
+
+    engine.submit(asked)
+    peak = 0
+    while True:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        events = engine.step()
+        peak = max(peak, _status_bytes("VmHWM") - _status_bytes("RssFile"))
+        for event in events:
+            if isinstance(event, JobFailed):
+                raise event.error
+            if isinstance(event, JobDone):
+                return dict(event.timings_s), peak
+
+
+def _with_libraries(case: Case, folder: Path) -> int:
+    """Bytes of this process that are no file's, once the libraries that draw this checkpoint are there.
+
+    They are the process's and not the checkpoint's: transformers and diffusers take 0.25 GB where a model needs them,
+    and MKL keeps 6 MB a thread from its first products on.
+    """
+    import torch
+
+    from sdfleet.engine.components import Components
+    from sdfleet.engine.devices import choose_device
+    from sdfleet.engine.families import FAMILIES
+    from sdfleet.engine.prompt_cache import PromptCache
+
+    asked, device = drawing_of(case, folder, number=0), choose_device("cpu", case.dtype)
+    footprint = FAMILIES[asked.family](Components(folder, device), device, PromptCache(0)).footprint
+    # Followed without numbers, so that everything is imported and no tensor is held.
+    footprint.encode(asked)
+    footprint.denoise(width_px=64, height_px=64, n_rows=1)
+    footprint.decode(width_px=64, height_px=64)
+    del footprint
+    for n in (64, 256, 1024):
+        torch.mm(torch.ones(n, 768), torch.ones(768, n))
+    device.give_back()
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
 def main() -> None:

@@ -21,12 +21,13 @@ from sdfleet.engine.families import FAMILIES, LatentFamily
 from sdfleet.engine.limits import count_work
 from sdfleet.engine.prompt_cache import PromptCache
 from sdfleet.engine.random_weights import write_checkpoint
-from sdfleet.engine.tape import record
+from sdfleet.engine.tape import kept_bytes_of, record
 from tests.engine.drawing import drawing, pictures, run
 
 Checkpoints = Callable[[str], Path]
 FAMILIES_AT_TOY_SIZE = ("sd15", "sd21", "sdxl", "sd3", "sd35", "flux-dev", "klein")
 KB = 1000
+MIB = 2**20
 
 
 def family_of(folder: Path, dtype: torch.dtype = torch.float32) -> LatentFamily:
@@ -71,6 +72,49 @@ def test_weights_that_are_widened_for_use_count_while_they_are() -> None:
     x, weight = on_meta(1, 10), on_meta(1000, 10)
     plain, widened = (record(lambda: F.linear(x, weight), kind="cuda", widens=widens) for widens in (False, True))
     assert widened.peak_bytes - plain.peak_bytes == 40 * KB
+
+
+def test_tensors_that_share_the_heap_are_told_from_those_with_pages_of_their_own() -> None:
+    def network() -> Tensor:
+        shared, own = on_meta(4 * MIB), on_meta(16 * MIB)  # 16 and 64 MiB in float32
+        return shared.sum() + own.sum()
+
+    on_cpu, on_card = (record(network, kind=kind) for kind in ("cpu", "cuda"))
+    assert on_cpu.peak_bytes == on_card.peak_bytes
+    assert 16 * MIB <= on_cpu.heap_bytes < 17 * MIB
+    assert on_cpu.most_bytes == on_cpu.peak_bytes + on_cpu.heap_bytes
+    assert on_card.most_bytes == on_card.peak_bytes
+
+
+@pytest.mark.parametrize(("dtype", "is_left"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_heap_stays_where_something_is_kept_in_it(dtype: torch.dtype, *, is_left: bool) -> None:
+    x, weight = (on_meta(*size).to(dtype) for size in ((64, 64), (4096, 64)))
+    work = record(lambda: F.linear(F.linear(x, weight[:64]), weight), kind="cpu")
+    assert work.heap_bytes > 64 * 4096 * dtype.itemsize
+    assert (work.left_bytes >= 2 * work.heap_bytes) == is_left
+
+
+def test_what_is_kept_of_a_shape_is_kept_once() -> None:
+    x, weight = (on_meta(64, 64).to(torch.bfloat16) for _ in range(2))
+    once, twice = (record(lambda n=n: [F.linear(x, weight) for _ in range(n)], kind="cpu") for n in (1, 2))
+    assert once.kept_bytes == twice.kept_bytes > 0
+
+
+@pytest.mark.parametrize(("dtype", "is_packed"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_packed_weights_of_small_networks_are_counted(
+    dtype: torch.dtype, checkpoints: Checkpoints, *, is_packed: bool
+) -> None:
+    family = family_of(checkpoints("sd15"), dtype)
+    step = family.footprint.denoise(width_px=64, height_px=64, n_rows=2)
+    beside = step.kept_bytes - kept_bytes_of(step.calls)
+    assert (beside > 0.8 * family.components.weights(text_encoders=()).denoiser) == is_packed
+    assert (beside == 0) == (not is_packed)
+
+
+def test_steps_leave_less_room_for_the_decode(checkpoints: Checkpoints) -> None:
+    family = family_of(checkpoints("sd15"), torch.bfloat16)
+    few, many = (family.decode_bytes(width_px=64, height_px=64, n_rows=n) for n in (1, 8))
+    assert family.footprint.decode(width_px=64, height_px=64).most_bytes < few < many
 
 
 @pytest.mark.parametrize("name", FAMILIES_AT_TOY_SIZE)

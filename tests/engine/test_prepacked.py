@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdfleet.engine.prepacked import arrange, prepack
+from sdfleet.engine.prepacked import arrange, packed_bytes, prepack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -105,3 +105,12 @@ def test_a_large_bfloat16_network_gets_weights_in_channels_last_order_and_no_sec
     assert isinstance(network.halve, nn.Conv2d)
     assert network.halve.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(network(_picture()), Network()(_picture()), atol=0.02, rtol=0.02)
+
+
+def test_what_packing_takes_is_known_before_it_is_done() -> None:
+    weights = [layer.weight for layer in Network().children() if isinstance(layer.weight, Tensor)]
+    with torch.device("meta"):
+        in_bfloat16, in_float32 = Network().to(torch.bfloat16), Network().to(torch.float32)
+        large = nn.Linear(2**14, 2**12, dtype=torch.bfloat16)
+    assert packed_bytes(in_bfloat16) == sum(weight.nbytes for weight in weights)
+    assert (packed_bytes(in_float32), packed_bytes(large)) == (0, 0)

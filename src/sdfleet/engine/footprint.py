@@ -16,8 +16,9 @@ import torch
 from sdfleet.domain import Drawing
 from sdfleet.engine.components import ComponentName, Components
 from sdfleet.engine.networks.choice import own_network
+from sdfleet.engine.prepacked import packed_bytes
 from sdfleet.engine.prompt_cache import PromptCache
-from sdfleet.engine.tape import Work, record
+from sdfleet.engine.tape import Work, kept_bytes_of, record
 
 if TYPE_CHECKING:
     from sdfleet.engine.families.base import LatentFamily, NetworkRows
@@ -56,7 +57,8 @@ class Footprint:
         rows = _rows(twin, width_px=width_px, height_px=height_px, n_rows=n_rows, edits=edits)
         twin.components.use(twin.denoiser)
         widens = self._device.weights is not None
-        return record(lambda: twin.predict(rows), kind=self._device.kind, widens=widens)
+        work = record(lambda: twin.predict(rows), kind=self._device.kind, widens=widens)
+        return self._with_packed(work, twin.denoiser)
 
     def _decode(self, width_px: int, height_px: int) -> Work:
         twin = self._opened()
@@ -70,13 +72,25 @@ class Footprint:
         def decode() -> torch.Tensor:
             return vae.decode(cells, return_dict=False)[0].float()
 
-        return record(decode, kind=self._device.kind)
+        return self._with_packed(record(decode, kind=self._device.kind), "vae")
 
     def _encode(self, drawing: Drawing) -> Work:
         twin = self._opened()
         for name in twin.text_encoders(drawing):
             twin.components.use(name).register_forward_pre_hook(with_made_mask, with_kwargs=True)
         return record(lambda: twin.encode(drawing), kind=self._device.kind)
+
+    def _with_packed(self, work: Work, name: ComponentName) -> Work:
+        """The same with the packed weights among what is kept, and with oneDNN's part in timing each both ways."""
+        own = self._family.components
+        is_ours = own_network(own.class_name(name) or "", own.config(name)) is not None
+        if self._device.kind != "cpu" or not is_ours or own.kept_in(name) is not None:
+            return work
+        n_bytes = packed_bytes(self._opened().components.use(name))
+        if not n_bytes:
+            return work
+        by_weight = {call.arguments[1]: call for call in work.calls if call.kind in {"conv2d", "linear"}}
+        return replace(work, kept_bytes=work.kept_bytes + n_bytes + kept_bytes_of(by_weight.values()))
 
     def _opened(self) -> LatentFamily:
         if self._twin is None:

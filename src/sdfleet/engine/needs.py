@@ -234,8 +234,9 @@ def _with_and_without_t5(drawing: Drawing, family: LatentFamily) -> tuple[Drawin
 
 def _need(drawing: Drawing, family: LatentFamily, *, mode: MemoryMode, free_bytes: int, may_skip_t5: bool) -> Need:
     n_rows = 2 if family.is_guided(drawing) else 1
-    activation_bytes = family.peak_bytes(**_size(drawing), n_rows=n_rows, edits=drawing.image is not None)
-    decode_bytes = family.decode_bytes(**_size(drawing))
+    left_bytes = family.left_by_prompts_bytes(drawing)
+    activation_bytes = left_bytes + family.peak_bytes(**_size(drawing), n_rows=n_rows, edits=drawing.image is not None)
+    decode_bytes = left_bytes + family.decode_bytes(**_size(drawing), n_rows=n_rows)
 
     def weights(*, by_layer: bool = False) -> Weights:
         return family.components.weights(

@@ -148,8 +148,9 @@ class DeviceResidency:
             size = {"width_px": drawing.width_px, "height_px": drawing.height_px}
             components = loaded.family.components
             room = self._room_for(loaded) - components.resident_bytes() - components.coming_bytes()
-            per_row = loaded.family.peak_bound_bytes(**size, n_rows=1)
-            if room * _SHARE_FOR_ROWS < per_row * MOST_ROWS:
+            most = loaded.family.peak_bound_bytes(**size, n_rows=MOST_ROWS)
+            per_row = most // MOST_ROWS
+            if room * _SHARE_FOR_ROWS < most:
                 edits = drawing.image is not None
                 # Two rows less one: what a layer's weights take on their way is taken once.
                 one, two = (loaded.family.peak_bytes(**size, n_rows=n, edits=edits) for n in (1, 2))
@@ -166,10 +167,10 @@ class DeviceResidency:
         size = {"width_px": drawing.width_px, "height_px": drawing.height_px}
         components = loaded.family.components
         room = (self._room_for(loaded) - components.resident_bytes() - components.coming_bytes()) * _SHARE_FOR_ROWS
-        per_picture = loaded.family.decode_bound_bytes(**size)
-        if room < per_picture * MOST_ROWS:
-            per_picture = loaded.family.decode_bytes(**size)
-        return max(1, int(room // per_picture))
+        most = loaded.family.decode_bound_bytes(**size, n_pictures=MOST_ROWS)
+        if room >= most:
+            return int(room * MOST_ROWS // most)
+        return max(1, int(room // loaded.family.decode_bytes(**size)))
 
     @property
     def has_chore(self) -> bool:
@@ -288,7 +289,9 @@ class DeviceResidency:
         bounds = family.peak_bound_bytes(**size, n_rows=n_rows), family.decode_bound_bytes(**size)
         if family.components.weights().total + sum(bounds) < self._room_for(loaded) * _SHARE_WITHOUT_LOOKING:
             return bounds
-        return family.peak_bytes(**size, n_rows=n_rows, edits=edits), family.decode_bytes(**size)
+        left = family.left_by_prompts_bytes(drawing)
+        live = family.peak_bytes(**size, n_rows=n_rows, edits=edits), family.decode_bytes(**size, n_rows=n_rows)
+        return left + live[0], left + live[1]
 
     def _pinned_beside(self, loaded: Loaded) -> str:
         """What stays although it is idle, with its bytes; "" if nothing does."""

@@ -19,6 +19,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ORDERED = (torch.ops.aten.conv2d.default, torch.ops.aten.group_norm.default)
+# From this size on the C library (glibc on 64 bits) gives every tensor pages of its own and takes them back at once.
+_OWN_PAGES_FROM_BYTES = 32 * 2**20
+# What oneDNN keeps of each shape that it has met, compiled code and descriptions, until 1024 newer ones push it out:
+# resident memory after 27 to 45 shapes each, oneDNN 3.12, AMX and AVX512-BF16 alike, 2026-11-21 (benchmarks/LOG.md,
+# "what is kept of a shape"). float32 products are MKL's, which keeps nothing of a shape.
+_KEPT_HALF = {
+    "linear": 700_000, "mm": 650_000, "addmm": 650_000, "bmm": 650_000, "baddbmm": 650_000, "conv2d": 200_000,
+    "scaled_dot_product_attention": 80_000,
+}  # fmt: skip
+_KEPT_FLOAT32 = {"conv2d": 80_000}
 
 Argument = Any  # Shaped, a number, a string, None, or a tuple of these
 
@@ -55,14 +65,40 @@ class Call:
 class Work:
     """What one call of a network takes.
 
-    peak_bytes: most that is held at one time beside weights and inputs. calls: how often each operation is made.
-    n_views: operations that only look at a tensor in another way. operations: floating point, two a multiply and add.
+    peak_bytes: most that is held at one time beside weights and inputs. heap_bytes: most that is held at one time in
+    tensors that share the C library's heap; 0 on a card. kept_bytes: what the libraries keep afterwards.
+    calls: how often each operation is made. n_views: operations that only look at a tensor in another way.
+    operations: floating point, two a multiply and add.
     """
 
     peak_bytes: int
+    heap_bytes: int
+    kept_bytes: int
     calls: Mapping[Call, int]
     n_views: int
     operations: int
+
+    @property
+    def most_bytes(self) -> int:
+        """What the process grows by at most: what is held, the empty places in between, and what libraries keep.
+
+        Empty places: torch asks for aligned memory, for which glibc looks for 96 bytes more than an equal tensor that
+        was let go has left. So a place is used again only once its neighbour is free too, and what lies in the heap
+        takes up to twice its size: 181 to 197 MB for 84 MB of tensors of 17 MB, and 82 MB once torch's requests were
+        answered as plain ones (decoding at 512 px, 2026-11-21). Other C libraries are taken to be alike, unmeasured.
+        """
+        return self.peak_bytes + self.heap_bytes + self.kept_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """Of `most_bytes`, what stays with the process afterwards.
+
+        What oneDNN keeps of products in half precision are blocks of 0.26 MB in the heap, among the tensors of that
+        moment: they stay, so the heap cannot shrink, and its gaps are too small for a later phase's larger tensors.
+        Without such blocks the heap's end goes back (seen: 180 of 181 MB stayed in bfloat16, 2 of 85 in float32).
+        """
+        is_pinned = any(_kept_bytes(call) > 0 and _is_half(call) for call in self.calls)
+        return self.kept_bytes + (2 * self.heap_bytes if is_pinned else 0)
 
 
 def record(call: Callable[[], object], *, kind: str, widens: bool = False) -> Work:
@@ -76,10 +112,30 @@ def record(call: Callable[[], object], *, kind: str, widens: bool = False) -> Wo
         call()
     return Work(
         peak_bytes=tape.peak_bytes,
+        heap_bytes=tape.heap_peak_bytes,
+        kept_bytes=kept_bytes_of(tape.calls) if kind == "cpu" else 0,
         calls=dict(tape.calls),
         n_views=tape.n_views,
         operations=sum(operations_of(call) * n for call, n in tape.calls.items()),
     )
+
+
+def kept_bytes_of(calls: Iterable[Call]) -> int:
+    """Bytes that oneDNN keeps on a CPU once it has made these calls, each counted once.
+
+    >>> x, w = (Shaped(size, (1, 1), torch.bfloat16) for size in ((2, 3), (5, 3)))
+    >>> kept_bytes_of([Call("aten.linear.default", (x, w, None))])
+    700000
+    """
+    return sum(_kept_bytes(call) for call in calls)
+
+
+def _kept_bytes(call: Call) -> int:
+    return (_KEPT_HALF if _is_half(call) else _KEPT_FLOAT32).get(call.kind, 0)
+
+
+def _is_half(call: Call) -> bool:
+    return any(isinstance(one, Shaped) and one.dtype.itemsize == 2 for one in call.arguments[:1])
 
 
 def operations_of(call: Call) -> int:
@@ -134,6 +190,8 @@ class _Tape(TorchDispatchMode):
         self.calls: Counter[Call] = Counter()
         self.n_views = 0
         self.peak_bytes = 0
+        self.heap_peak_bytes = 0
+        self._heap_bytes = 0
         self._kind = kind
         self._widens = widens
         self._held: dict[int, int] = {}
@@ -163,16 +221,23 @@ class _Tape(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self._held_bytes + beside)
         return answer
 
+    def _in_heap(self, n_bytes: int) -> int:
+        return n_bytes if self._kind == "cpu" and n_bytes < _OWN_PAGES_FROM_BYTES else 0
+
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = _storage(tensor)
         if key not in self._held:
             self._held[key] = storage.nbytes()
             self._held_bytes += storage.nbytes()
+            self._heap_bytes += self._in_heap(storage.nbytes())
+            self.heap_peak_bytes = max(self.heap_peak_bytes, self._heap_bytes)
             weakref.finalize(storage, self._let_go, key)
 
     def _let_go(self, key: int) -> None:
-        self._held_bytes -= self._held.pop(key)
+        n_bytes = self._held.pop(key)
+        self._held_bytes -= n_bytes
+        self._heap_bytes -= self._in_heap(n_bytes)
 
     def _working_space(self, call: Call, made: list[Tensor]) -> int:
         """Bytes a library holds beside what goes in and comes out.

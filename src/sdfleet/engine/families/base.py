@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -41,10 +41,8 @@ Phase = Literal["encode", "denoise", "decode"]
 _DENOISER_LIVE = 80
 _DECODER_LIVE = 14
 _LARGEST_LAYER = 0.12
-# What a process on a CPU keeps beside, in the allocator's gaps and oneDNN's kernels: 0.27 GB seen for SD 1.5 and SD3
-# medium in bfloat16, 0.38 in float32 (two threads, glibc, 2026-11-21); of a small checkpoint, this share.
-_KEPT_BYTES = 300_000_000
-_KEPT_SHARE = 0.15
+# On a CPU a bound for what stays when an operation is over, see `Work.left_bytes`: packed weights and oneDNN's part.
+_LEFT_BOUND_BYTES = 300_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,16 +376,24 @@ class LatentFamily:
         return self._preview_map.apply(denoised)
 
     def peak_bytes(self, *, width_px: int, height_px: int, n_rows: int, edits: bool = False) -> int:
-        """Most bytes beside the weights that one network call of `n_rows` rows holds, found out on the meta device.
+        """Most bytes beside the weights that one network call of `n_rows` rows takes, found out on the meta device.
 
         edits: an input picture is given. Takes up to a second for a shape that was not asked for before.
         """
-        work = self.footprint.denoise(width_px=width_px, height_px=height_px, n_rows=n_rows, edits=edits)
-        return work.peak_bytes + self._kept_bytes()
+        return self.footprint.denoise(width_px=width_px, height_px=height_px, n_rows=n_rows, edits=edits).most_bytes
 
-    def decode_bytes(self, *, width_px: int, height_px: int) -> int:
-        """Most bytes beside the weights that decoding one picture holds, untiled. As `peak_bytes`."""
-        return self.footprint.decode(width_px=width_px, height_px=height_px).peak_bytes + self._kept_bytes()
+    def decode_bytes(self, *, width_px: int, height_px: int, n_rows: int = 2) -> int:
+        """Most bytes beside the weights that decoding one picture takes, untiled, after steps of `n_rows` rows.
+
+        What the steps left is among it: it stays. As `peak_bytes`.
+        """
+        left = self.footprint.denoise(width_px=width_px, height_px=height_px, n_rows=n_rows).left_bytes
+        return self.footprint.decode(width_px=width_px, height_px=height_px).most_bytes + left
+
+    def left_by_prompts_bytes(self, drawing: Drawing) -> int:
+        """Bytes that stay when this drawing's prompts were read; for short ones. Builds its text encoders on meta."""
+        short = replace(drawing, prompt="", negative_prompt="", embeddings=())
+        return self.footprint.encode(short).left_bytes
 
     def peak_bound_bytes(self, *, width_px: int, height_px: int, n_rows: int) -> int:
         """More than `peak_bytes` will be, at once and several times too much."""
@@ -395,12 +401,12 @@ class LatentFamily:
         n_tokens = self._tokens(cells) + self.conditioning_shape()[0]
         live = n_rows * n_tokens * self._width() * self.device.dtype.itemsize * _DENOISER_LIVE
         largest_bytes = int(self.components.weights(text_encoders=()).denoiser * _LARGEST_LAYER)
-        return live + largest_bytes + self._kept_bytes()
+        return live + largest_bytes + self._left_bound_bytes()
 
-    def decode_bound_bytes(self, *, width_px: int, height_px: int) -> int:
-        """More than `decode_bytes` will be, at once."""
-        live = width_px * height_px * self._decoder_channels * self.device.vae_dtype.itemsize * _DECODER_LIVE
-        return live + int(self.components.weights(text_encoders=()).vae * _LARGEST_LAYER) + self._kept_bytes()
+    def decode_bound_bytes(self, *, width_px: int, height_px: int, n_pictures: int = 1) -> int:
+        """More than `decode_bytes` will be, at once; for so many pictures together."""
+        live = n_pictures * width_px * height_px * self._decoder_channels * self.device.vae_dtype.itemsize * _DECODER_LIVE
+        return live + int(self.components.weights(text_encoders=()).vae * _LARGEST_LAYER) + self._left_bound_bytes()
 
     def conditioning_shape(self) -> tuple[int, int, int | None]:
         """(tokens, width, width of the pooled vector or None) of a short prompt's conditioning."""
@@ -411,10 +417,8 @@ class LatentFamily:
         """Whether an input picture is seen by the network beside the latents, as large as they are."""
         return False
 
-    def _kept_bytes(self) -> int:
-        if self.device.kind != "cpu":
-            return 0
-        return min(_KEPT_BYTES, int(self.components.weights().total * _KEPT_SHARE))
+    def _left_bound_bytes(self) -> int:
+        return _LEFT_BOUND_BYTES if self.device.kind == "cpu" else 0
 
     def _tokens(self, cells: int) -> int:
         return cells
