@@ -21,14 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _ORDERED = (torch.ops.aten.conv2d.default, torch.ops.aten.group_norm.default)
 # From this size on the C library (glibc on 64 bits) gives every tensor pages of its own and takes them back at once.
 _OWN_PAGES_FROM_BYTES = 32 * 2**20
-# What oneDNN keeps of each shape that it has met, compiled code and descriptions, until 1024 newer ones push it out:
-# resident memory after 27 to 45 shapes each, oneDNN 3.12, AMX and AVX512-BF16 alike, 2026-11-21 (benchmarks/LOG.md,
-# "what is kept of a shape"). float32 products are MKL's, which keeps nothing of a shape.
+# What oneDNN keeps of each shape that it has met, code and descriptions, until 1024 newer ones push it out: resident
+# memory after 26 to 44 shapes each, oneDNN 3.12 with AMX, 2026-11-21 (`python benchmarks/kept_of_shapes.py`). Without
+# AMX a product keeps as much and a convolution 80 kB. Products in float32 are MKL's, which keeps nothing of a shape.
 _KEPT_HALF = {
-    "linear": 700_000, "mm": 650_000, "addmm": 650_000, "bmm": 650_000, "baddbmm": 650_000, "conv2d": 200_000,
+    "linear": 690_000, "mm": 650_000, "addmm": 650_000, "bmm": 650_000, "baddbmm": 650_000, "conv2d": 200_000,
     "scaled_dot_product_attention": 80_000,
 }  # fmt: skip
 _KEPT_FLOAT32 = {"conv2d": 80_000}
+_KEPT_OF_1X1 = 80_000
 
 Argument = Any  # Shaped, a number, a string, None, or a tuple of these
 
@@ -125,12 +126,14 @@ def kept_bytes_of(calls: Iterable[Call]) -> int:
 
     >>> x, w = (Shaped(size, (1, 1), torch.bfloat16) for size in ((2, 3), (5, 3)))
     >>> kept_bytes_of([Call("aten.linear.default", (x, w, None))])
-    700000
+    690000
     """
     return sum(_kept_bytes(call) for call in calls)
 
 
 def _kept_bytes(call: Call) -> int:
+    if call.kind == "conv2d" and call.arguments[1].size[-2:] == (1, 1):
+        return _KEPT_OF_1X1
     return (_KEPT_HALF if _is_half(call) else _KEPT_FLOAT32).get(call.kind, 0)
 
 

@@ -405,7 +405,8 @@ class LatentFamily:
 
     def decode_bound_bytes(self, *, width_px: int, height_px: int, n_pictures: int = 1) -> int:
         """More than `decode_bytes` will be, at once; for so many pictures together."""
-        live = n_pictures * width_px * height_px * self._decoder_channels * self.device.vae_dtype.itemsize * _DECODER_LIVE
+        n_numbers = n_pictures * width_px * height_px * self._decoder_channels * _DECODER_LIVE
+        live = n_numbers * self.device.vae_dtype.itemsize
         return live + int(self.components.weights(text_encoders=()).vae * _LARGEST_LAYER) + self._left_bound_bytes()
 
     def conditioning_shape(self) -> tuple[int, int, int | None]:
