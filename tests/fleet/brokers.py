@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from sdfleet.fleet.broker import Broker, BrokerConfig, User
+from sdfleet.fleet.bus_nats import Credentials, connect
 from sdfleet.fleet.transport import Bus, Transport
 from sdfleet.fleet.transport_memory import MemoryBroker
-from sdfleet.fleet.transport_nats import Credentials, connect, open_transport
+from sdfleet.fleet.transport_nats import open_transport
 
 ROUTER = Credentials(user="router", password="a-password-for-tests-only")
 

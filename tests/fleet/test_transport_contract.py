@@ -10,8 +10,8 @@ import pytest
 
 from sdfleet.domain import JobId
 from sdfleet.errors import StoreUnavailable
+from sdfleet.fleet.bus_nats import connect
 from sdfleet.fleet.transport import Bus, Entry, Incoming, NoAnswer, Transport
-from sdfleet.fleet.transport_nats import connect
 from tests.fleet import virtual_time
 from tests.fleet.brokers import ROUTER, NatsWorld, World, listening_in, world
 
