@@ -30,7 +30,7 @@ CHECKS = [entry.id for entry in ENTRIES if entry.id != "speech"]
 
 @contextlib.contextmanager
 def answering(status: int, body: object) -> Iterator[str]:
-    """The address of a server that answers every GET so."""
+    """The address of a server that answers every request so."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,6 +39,10 @@ def answering(status: int, body: object) -> Iterator[str]:
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from sdfleet.errors import SdfleetError
 from sdfleet.language.asking import EMBEDDING, MANAGING, SPEECH, Answer, Ask, Language, LanguageModel
 
-Kind = Literal["chat", "generate", "embeddings", "transcription"]
+Kind = Literal["chat", "generate", "embeddings", "transcription", "translation"]
 
 # How an answer ended that no error ended: whole, or because its caller went away.
 DONE, LEFT = "done", "left"
@@ -51,7 +51,7 @@ def kind_of(ask: Ask) -> Kind:
     ('generate', 'embeddings')
     """
     if ask.door in SPEECH:
-        return "transcription"
+        return "translation" if ask.door == "/v1/audio/translations" else "transcription"
     if ask.door in EMBEDDING:
         return "embeddings"
     return "chat" if "chat" in ask.door else "generate"
