@@ -143,9 +143,9 @@ def test_one_that_is_not_set_up_is_503_and_says_what_to_do(
     fake_server: Running,
     path: str,
     asked: Asked,
-    said: Said,
+    said: Said,  # noqa: ARG001 - of the table
     name: str,
-    cure: str,  # noqa: ARG001 - of the table
+    cure: str,
 ) -> None:
     answer = post(fake_server, path, asked("starter", name))
     assert (answer.status_code, cure in answer.text) == (503, True), answer.text
