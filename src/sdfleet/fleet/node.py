@@ -13,21 +13,20 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NoReturn, TypeVar
 
 import psutil
 
 from sdfleet import __version__
-from sdfleet.domain import ImageRequest, ImageResult, JobId, Picture, Progress
-from sdfleet.errors import DeadlineExceeded, NotReady, SdfleetError, StoreUnavailable
+from sdfleet.domain import ImageResult, JobId, Progress
+from sdfleet.errors import DeadlineExceeded, SdfleetError, StoreUnavailable
+from sdfleet.fleet.fetching import with_pictures
 from sdfleet.fleet.messages import (
     CHUNK_BYTES,
     HEARTBEAT_S,
     SIGNATURE,
     AdapterHere,
-    BlobPart,
     BrokenMessage,
     Cancel,
     Failure,
@@ -39,13 +38,11 @@ from sdfleet.fleet.messages import (
     Order,
     OrderAnswer,
     Outcome,
-    PictureBlob,
     Run,
     RunAnswer,
     RunningJob,
     SayHello,
     Verdict,
-    WantBlob,
     Watch,
     down,
     is_signed,
@@ -53,12 +50,12 @@ from sdfleet.fleet.messages import (
     unpack,
     up,
 )
-from sdfleet.fleet.shipping import Shipping, sha256_of
+from sdfleet.fleet.shipping import Shipping
 from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock, slots_of
 from sdfleet.fleet.task import Task, pack_or_fail
-from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
+from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.language.asking import LanguageModel
 from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
@@ -73,8 +70,6 @@ NEWS_EVERY_S = 0.25
 BEAT_AGAIN_S = 0.05
 # How often a changed set of models is looked for.
 MODELS_EVERY_S = 5.0
-FETCH_TIMEOUT_S = 10.0
-FETCH_PATIENCE_S = 120.0
 _AGAIN_S = 1.0
 # Spooled jobs that one heartbeat names; those that are not come when these have been fetched.
 MOST_NAMED = 1000
@@ -340,9 +335,7 @@ class Node:
         run = job.run
         try:
             async with asyncio.timeout(run.budget_s):
-                image = None if run.image is None else await self._fetched(job, run.image)
-                mask = None if run.mask is None else await self._fetched(job, run.mask)
-                request: ImageRequest = replace(run.request, image=image, mask=mask)
+                request = await with_pictures(job, node=self.options.node, bus=self._bulk)
                 prepared = await self._runtime.prepare(request, job_id=run.job)
                 job.check()
                 job.is_drawing = True
@@ -352,32 +345,6 @@ class Node:
                 )
         except TimeoutError as exc:
             raise DeadlineExceeded(f"job {run.job} was not done in the {run.budget_s:.0f} s it had") from exc
-
-    async def _fetched(self, job: Task, blob: PictureBlob) -> Picture:
-        """An input picture, from the router, in chunks; it may be away for a while."""
-        run, data = job.run, bytearray()
-        end_s = asyncio.get_running_loop().time() + FETCH_PATIENCE_S
-        while len(data) < blob.n_bytes:
-            job.check()
-            want = WantBlob(job=run.job, lease=run.lease, sha256=blob.sha256, offset=len(data))
-            try:
-                answer = await self._bulk.request(up(self.options.node, "blob"), pack(want), timeout_s=FETCH_TIMEOUT_S)
-                part = unpack(BlobPart, answer.data)
-            except (NoAnswer, BrokenMessage) as exc:
-                if asyncio.get_running_loop().time() > end_s:
-                    raise NotReady(
-                        f"an input picture of job {run.job} could not be fetched: {exc}", retry_after_s=1.0
-                    ) from exc
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_AGAIN_S):
-                        await job.stop.wait()
-                continue
-            if not part.data:
-                raise NotReady(f"an input picture of job {run.job} was not given: {part.why}", retry_after_s=1.0)
-            data += part.data
-        if len(data) != blob.n_bytes or await asyncio.to_thread(sha256_of, data) != blob.sha256:
-            raise NotReady(f"an input picture of job {run.job} arrived damaged", retry_after_s=1.0)
-        return Picture(width_px=blob.width_px, height_px=blob.height_px, mode=blob.mode, data=bytes(data))
 
     async def _insist(self, act: Callable[[], Awaitable[T]]) -> T:
         """A full disk keeps the outcome in memory until there is room."""
