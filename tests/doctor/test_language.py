@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +18,12 @@ from tests.cli.conftest import Run, home, run
 from tests.doctor.stage import cure, look, machine, write
 from tests.doctor.test_health import Start
 from tests.language.conftest import gguf
+from tests.language.fixed_answers import answering
 from tests.language.llama_server import llama_server
 
 __all__ = ["gguf", "home", "run", "server"]
 
 CHECKS = [entry.id for entry in ENTRIES if entry.id != "speech"]
-
-
-@contextlib.contextmanager
-def answering(status: int, body: object) -> Iterator[str]:
-    """The address of a server that answers every request so."""
-    text = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.do_GET()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as there:
-        thread = threading.Thread(target=there.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{there.server_address[1]}"
-        there.shutdown()
-        thread.join()
 
 
 @pytest.fixture

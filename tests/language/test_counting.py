@@ -9,7 +9,6 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from sdfleet.language.asking import Ask
 from sdfleet.language.counting import Counted
@@ -19,29 +18,13 @@ from sdfleet.language.shelf import Shelf
 from sdfleet.metrics import MOST_LANGUAGE_MODELS, Metrics
 from tests.api.serving import Running
 from tests.language.llama_server import LETTERS
+from tests.language.numbers import grown, told
 from tests.language.streaming_upstream import streaming_upstream
 from tests.language.tiny_whisper import recording
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 # The server hears some milliseconds later that its caller has gone; each look takes some too.
 MOST_LOOKS = 2000
-Numbers = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def told(here: Running) -> Numbers:
-    """Every number of /metrics by its name and labels."""
-    text = httpx2.get(f"{here.url}/metrics", timeout=60).text
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def grown(here: Running, before: Numbers, name: str, **labels: str) -> float:
-    """By how much a number has grown."""
-    key = name, frozenset(labels.items())
-    return told(here).get(key, 0.0) - before.get(key, 0.0)
 
 
 @pytest.mark.parametrize("with_usage", [True, False], ids=["usage asked for", "not asked for"])

@@ -22,10 +22,10 @@ from sdfleet.language.shelf import Shelf
 from sdfleet.language.whisper import WhisperEngine, WhisperOptions
 from sdfleet.settings import engine_environment
 from tests.api.serving import Running
-from tests.doctor.test_language import answering
 from tests.language import tiny_whisper
 from tests.language.conftest import Llamas
-from tests.language.test_counting import grown, told
+from tests.language.fixed_answers import answering
+from tests.language.numbers import grown, told
 from tests.language.tiny_whisper import recording
 
 SOUND = Sound(name="a.wav", kind="audio/wav", data=recording())
