@@ -22,6 +22,7 @@ TOKEN_SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 # Servers and nodes say themselves which language models they have: what is beyond these is counted as one.
 MOST_LANGUAGE_MODELS = 200
 OTHER_MODELS = "others"
+MOST_CHARS = 120
 
 
 class Load(Protocol):
@@ -144,7 +145,7 @@ class Metrics:
             self._answer_s.labels(kind, label).observe(spent_s)
 
     def _label(self, model: str) -> str:
-        known = self._language_models
+        known, model = self._language_models, model[:MOST_CHARS]
         if model != UNKNOWN and len(known) < MOST_LANGUAGE_MODELS:
             known.add(model)
         return model if model in known or model == UNKNOWN else OTHER_MODELS

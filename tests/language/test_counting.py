@@ -15,7 +15,7 @@ from sdfleet.language.counting import Counted
 from sdfleet.language.openai import OpenAIEngine
 from sdfleet.language.server import Server
 from sdfleet.language.shelf import Shelf
-from sdfleet.metrics import MOST_LANGUAGE_MODELS, Metrics
+from sdfleet.metrics import MOST_CHARS, MOST_LANGUAGE_MODELS, Metrics
 from tests.api.serving import Running
 from tests.language.llama_server import LETTERS
 from tests.language.numbers import grown, told
@@ -133,6 +133,12 @@ def test_models_beyond_the_most_are_counted_as_one() -> None:
     assert tokens("sdfleet_answer_tokens_total", kind="chat", model="others") == 10
     assert tokens("sdfleet_answer_tokens_total", kind="chat", model="m0") == 2
     assert tokens("sdfleet_answer_tokens_total", kind="chat", model=f"m{MOST_LANGUAGE_MODELS}") is None
+
+
+def test_a_long_name_is_cut() -> None:
+    metrics = Metrics()
+    metrics.on_ended("chat", "m" * 10_000, outcome="done", n_tokens=1, spent_s=1.0, is_stream=False)
+    assert _sample(metrics)("sdfleet_answer_tokens_total", kind="chat", model="m" * MOST_CHARS) == 1
 
 
 def _sample(metrics: Metrics) -> Callable[..., float | None]:

@@ -78,6 +78,13 @@ def test_a_translation_is_counted_as_one(house: Running, create: Callable[..., A
     assert grown(house, before, "sdfleet_answers_total", **about) == 1
 
 
+def test_segments_come_as_events_where_they_are_asked_for(house: Running) -> None:
+    data = {"model": "tiny-whisper", "stream": "true"}
+    with httpx2.stream("POST", f"{house.url}{DOOR}", files={"file": FILE}, data=data, timeout=60) as answer:
+        events = [json.loads(line[6:])["type"] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events == [*["transcript.text.delta"] * (len(events) - 1), "transcript.text.done"]
+
+
 def test_an_unknown_model_is_the_openai_clients_own_class(openai_client: openai.OpenAI) -> None:
     with (
         pytest.warns(DeprecationWarning, match="deprecated"),
