@@ -27,6 +27,7 @@ from sdfleet.backends.fake import FakeBackend
 from sdfleet.catalog.store import Catalog
 from sdfleet.domain import ImageRequest
 from sdfleet.fleet.broker import Broker, BrokerConfig, User
+from sdfleet.fleet.bus_nats import Credentials, NatsBus, connect
 from sdfleet.fleet.catalog import FleetCatalog
 from sdfleet.fleet.chooser import PlacedByFleet
 from sdfleet.fleet.members import Settled
@@ -36,7 +37,7 @@ from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
-from sdfleet.fleet.transport_nats import Credentials, NatsBus, connect, open_transport
+from sdfleet.fleet.transport_nats import open_transport
 from sdfleet.jobs.queue import FairQueue
 from sdfleet.runtime import Runtime
 

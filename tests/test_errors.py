@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sdfleet import errors
 from sdfleet.errors import InvalidValue, PickleRefused, SdfleetError, UnknownName, from_wire
 
 ALL = list(errors._subclasses(SdfleetError))
+
+
+def test_the_tree_at_the_top_of_the_file_is_the_tree() -> None:
+    drawn: list[tuple[str, str]] = []
+    above: dict[int, str] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r"(    (?:[│├└─ ]{4})*)([A-Z]\w+)", line):
+            depth, name = len(found[1]) // 4, found[2]
+            above[depth] = name
+            drawn.append((name, above.get(depth - 1, "Exception")))
+    bases = [(cls.__name__, cls.__bases__[0].__name__) for cls in vars(errors).values() if cls in ALL]
+    assert sorted(drawn) == sorted(bases)
 
 
 def test_every_class_has_a_code_of_its_own() -> None:

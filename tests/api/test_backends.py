@@ -14,10 +14,10 @@ import pytest
 
 from sdfleet.storage.pictures import read_metadata
 from tests.api.serving import Running, running
-from tests.backends import bfl_server, ollama_server
 from tests.backends.bfl_server import KEY, BflServer
 from tests.backends.ollama_server import TEXT_MODEL, OllamaServer
 from tests.backends.services import QUICK
+from tests.backends.stand_in import serving
 
 Server = Callable[..., Running]
 ASKED = {"prompt": "a fox", "backend": "flux-api", "model": "flux-pro-1.1", "width": 512, "height": 256, "seed": 7}
@@ -25,7 +25,7 @@ ASKED = {"prompt": "a fox", "backend": "flux-api", "model": "flux-pro-1.1", "wid
 
 @pytest.fixture(scope="module")
 def bfl_served() -> Iterator[BflServer]:
-    with bfl_server.serving(BflServer()) as server:
+    with serving(BflServer()) as server:
         yield server
 
 
@@ -37,7 +37,7 @@ def bfl(bfl_served: BflServer) -> BflServer:
 
 @pytest.fixture(scope="module")
 def ollama() -> Iterator[OllamaServer]:
-    with ollama_server.serving(OllamaServer()) as server:
+    with serving(OllamaServer()) as server:
         yield server
 
 

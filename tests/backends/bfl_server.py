@@ -5,30 +5,24 @@ Its pictures are stripes whose colours are a digest of the request.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
 
-from sdfleet.api.http import listen
+from tests.backends.stand_in import ENDLESS, StandIn, two_colours
 
 KEY = "bfl-test-key"
-ENDLESS = "endless"
 SIGNATURE = "good"
 
 
 @dataclass(eq=False)
-class BflServer:
+class BflServer(StandIn):
     """What it does next. Each list is used up from the left; an empty one means that all goes well.
 
     submits, polls, samples: a status code, or "lost" (the connection breaks under the answer).
@@ -41,7 +35,6 @@ class BflServer:
     samples: deque[int | str] = field(default_factory=deque)
     statuses: deque[str] = field(default_factory=deque)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    n_asked: Counter[str] = field(default_factory=Counter)
     keys_seen: list[tuple[str, str | None]] = field(default_factory=list)
     polling_url: str = ""
     sample_url: str = ""
@@ -49,25 +42,10 @@ class BflServer:
     cost: float | None = 4.0
     says_progress: bool = True
     size: tuple[int, int] | None = None
-    url: str = ""
-    moved: threading.Condition = field(default_factory=threading.Condition)
-
-    def renew(self) -> None:
-        """Forget all that was ordered, asked and scripted."""
-        fresh = BflServer(url=self.url)
-        for one in fields(self):
-            setattr(self, one.name, getattr(fresh, one.name))
-
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        """Return when this is so, looked at after every question. Blocks."""
-        with self.moved:
-            assert self.moved.wait_for(is_so, 30), "it did not become so"
 
     def _asked(self, what: str, request: Request) -> None:
         self.keys_seen.append((what, request.headers.get("x-key")))
-        with self.moved:
-            self.n_asked[what] += 1
-            self.moved.notify_all()
+        self.count(what)
 
     def app(self) -> FastAPI:
         """The service."""
@@ -96,9 +74,8 @@ class BflServer:
 
     def _note(self, name: str, body: dict[str, Any]) -> str:
         task = f"task-{len(self.tasks) + 1}"
-        with self.moved:
+        with self.changing():
             self.tasks[task] = {"model": name, **body}
-            self.moved.notify_all()
         return task
 
     async def _result(self, id: str, request: Request) -> Response:  # noqa: A002 - their name
@@ -140,11 +117,7 @@ class BflServer:
         size = self.size or (task.get("width", 64), task.get("height", 48))
         told = {name: value for name, value in task.items() if name != "output_format"}
         digest = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
-        image = Image.new("RGB", size, tuple(digest[:3]))
-        image.paste(tuple(digest[3:6]), (0, 0, size[0] // 2, size[1]))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        return file.getvalue()
+        return two_colours(digest, size)
 
 
 def _broken() -> Response:
@@ -154,27 +127,3 @@ def _broken() -> Response:
         yield b'{"id"'
 
     return StreamingResponse(part(), headers={"Content-Length": "1000"}, media_type="application/json")
-
-
-@contextlib.contextmanager
-def serving(server: BflServer) -> Iterator[BflServer]:
-    """The server, answering at `server.url`, in a thread of its own."""
-    with serving_app(server.app()) as url:
-        server.url = url
-        yield server
-
-
-@contextlib.contextmanager
-def serving_app(app: Any) -> Iterator[str]:
-    """Any ASGI app on a free port; its address."""
-    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-    uvicorn_server = uvicorn.Server(config)
-    with listen("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listening]}, name="another's service")
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            uvicorn_server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()

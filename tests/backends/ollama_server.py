@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
-import io
 import itertools
 import json
-import threading
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from PIL import Image
 
-from tests.backends.bfl_server import ENDLESS, serving_app
+from tests.backends.stand_in import ENDLESS, StandIn, two_colours
 
 TEXT_MODEL = "llama3.2:latest"
 
 
 @dataclass(eq=False)
-class OllamaServer:
+class OllamaServer(StandIn):
     """models: name -> capabilities. tells_in_tags: newer ones say there what a model can. draws: older ones do.
 
     faults: what the next requests for pictures meet: a status, "lost" or "error" (in the stream), or "words" (text).
@@ -40,21 +36,7 @@ class OllamaServer:
     faults: deque[int | str] = field(default_factory=deque)
     root: str = "Ollama is running"
     drawn: list[dict[str, Any]] = field(default_factory=list)
-    n_asked: Counter[str] = field(default_factory=Counter)
     n_hung_up: int = 0
-    moved: threading.Condition = field(default_factory=threading.Condition)
-    url: str = ""
-
-    def renew(self) -> None:
-        """Forget all that was asked and scripted."""
-        fresh = OllamaServer(url=self.url)
-        for one in fields(self):
-            setattr(self, one.name, getattr(fresh, one.name))
-
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        """Return when this is so, looked at whenever something was asked or left. Blocks."""
-        with self.moved:
-            assert self.moved.wait_for(is_so, 30), "it did not become so"
 
     def app(self) -> FastAPI:
         """The server."""
@@ -66,13 +48,8 @@ class OllamaServer:
         app.post("/api/generate")(self._generate)
         return app
 
-    def _note(self, what: str) -> None:
-        with self.moved:
-            self.n_asked[what] += 1
-            self.moved.notify_all()
-
     def _tags(self) -> dict[str, Any]:
-        self._note("tags")
+        self.count("tags")
         return {"models": [self._tag(name, told) for name, told in self.models.items()]}
 
     def _tag(self, name: str, told: list[str]) -> dict[str, Any]:
@@ -80,15 +57,14 @@ class OllamaServer:
         return {**entry, "capabilities": told} if self.tells_in_tags else entry
 
     async def _show(self, request: Request) -> Response:
-        self._note("show")
+        self.count("show")
         asked = await request.json()
         return JSONResponse({"capabilities": self.models[asked["model"]], "details": {}})
 
     async def _generate(self, request: Request) -> Response:
         asked = await request.json()
-        with self.moved:
+        with self.changing():
             self.drawn.append(asked)
-            self.moved.notify_all()
         if asked["model"] not in self.models:
             return JSONResponse({"error": f"model '{asked['model']}' not found"}, status_code=404)
         if not self.draws:
@@ -117,9 +93,8 @@ class OllamaServer:
             yield _line(last if fault == "words" else {**last, "image": _picture(asked)})
         finally:
             if not is_whole:
-                with self.moved:
+                with self.changing():
                     self.n_hung_up += 1
-                    self.moved.notify_all()
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -129,16 +104,4 @@ def _line(value: dict[str, Any]) -> bytes:
 def _picture(asked: dict[str, Any]) -> str:
     told = [asked[name] for name in ("model", "prompt", "steps")] + [asked["options"], asked.get("images")]
     digest = hashlib.sha256(repr(told).encode()).digest()
-    image = Image.new("RGB", (asked["width"], asked["height"]), (digest[0], digest[1], digest[2]))
-    image.paste((digest[3], digest[4], digest[5]), (0, 0, asked["width"] // 2, asked["height"]))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-@contextlib.contextmanager
-def serving(server: OllamaServer) -> Iterator[OllamaServer]:
-    """The server, answering at `server.url`, in a thread of its own."""
-    with serving_app(server.app()) as url:
-        server.url = url
-        yield server
+    return base64.b64encode(two_colours(digest, (asked["width"], asked["height"]))).decode()

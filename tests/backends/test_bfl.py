@@ -27,9 +27,10 @@ from sdfleet.errors import (
     SdfleetError,
     UnsupportedByModel,
 )
-from tests.backends.bfl_server import ENDLESS, KEY, BflServer, serving
+from tests.backends.bfl_server import KEY, BflServer
 from tests.backends.drawings import drawing
 from tests.backends.services import QUICK, bfl_backend
+from tests.backends.stand_in import ENDLESS, serving
 
 GREY = Picture(width_px=64, height_px=48, mode="RGB", data=bytes(64 * 48 * 3))
 WHITE = Picture(width_px=64, height_px=48, mode="L", data=b"\xff" * (64 * 48))

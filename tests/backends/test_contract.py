@@ -14,11 +14,11 @@ from sdfleet.backends.ollama_images import OllamaImages
 from sdfleet.backends.pool import EnginePool
 from sdfleet.domain import Drawing, ImageResult, JobId, Progress
 from sdfleet.errors import BadRequest, EngineDied, InUse, JobCancelled
-from tests.backends import ollama_server
-from tests.backends.bfl_server import BflServer, serving
+from tests.backends.bfl_server import BflServer
 from tests.backends.drawings import drawing, endless, guest_backend, scripted_backend, scripted_pool
 from tests.backends.ollama_server import OllamaServer
 from tests.backends.services import bfl_backend
+from tests.backends.stand_in import serving
 
 Build = Callable[[], Backend]
 HERE: dict[str, Build] = {"fake": FakeBackend, "local": scripted_backend, "pool": scripted_pool, "guest": guest_backend}
@@ -33,7 +33,7 @@ def bfl() -> Iterator[BflServer]:
 
 @pytest.fixture(scope="module")
 def ollama() -> Iterator[OllamaServer]:
-    with ollama_server.serving(OllamaServer(models={name: ["image"] for name in ("toy", "a", "b")})) as server:
+    with serving(OllamaServer(models={name: ["image"] for name in ("toy", "a", "b")})) as server:
         yield server
 
 

@@ -10,9 +10,9 @@ import pytest
 from sdfleet.backends.ollama_images import OllamaImages, check
 from sdfleet.domain import ImageRequest, Picture, Progress
 from sdfleet.errors import BackendFailed, BackendUnavailable, Busy, InvalidValue, JobCancelled, UnsupportedByModel
-from tests.backends.bfl_server import ENDLESS
 from tests.backends.drawings import drawing
-from tests.backends.ollama_server import TEXT_MODEL, OllamaServer, serving
+from tests.backends.ollama_server import TEXT_MODEL, OllamaServer
+from tests.backends.stand_in import ENDLESS, serving
 
 GREY = Picture(width_px=64, height_px=48, mode="RGB", data=bytes(64 * 48 * 3))
 WHITE = Picture(width_px=64, height_px=48, mode="L", data=b"\xff" * (64 * 48))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sdfleet.catalog.identify import TO_READ_PIECES, identify
+from sdfleet.catalog.component import TO_READ_PIECES
+from sdfleet.catalog.identify import identify
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, PickleRefused, SdfleetError, UnsupportedByModel
 from tests.catalog.folders import (
     safetensors,

@@ -9,8 +9,9 @@ import pytest
 
 from sdfleet.backends import bfl
 from sdfleet.storage.pictures import read_metadata
-from tests.backends.bfl_server import KEY, BflServer, serving
+from tests.backends.bfl_server import KEY, BflServer
 from tests.backends.services import QUICK
+from tests.backends.stand_in import serving
 from tests.cli.conftest import Run
 
 SIZE = ("--size", "512x256", "--seed", "5", "-o", "x.png")

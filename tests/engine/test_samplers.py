@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdfleet.engine.foreign_samplers import ForeignSampler
-from sdfleet.engine.noise_schedule import ClassDefaults, NoiseSchedule
+from sdfleet.engine.noise_schedule import NoiseSchedule
 from sdfleet.engine.samplers import (
     Evaluation,
     Plan,
@@ -36,47 +36,15 @@ from sdfleet.engine.samplers import (
     reference_class,
 )
 from sdfleet.errors import InvalidValue, UnsupportedByModel
+from tests.engine.scheduler_configs import FLUX, SD2, SD3, SDXL, STABLE_DIFFUSION, STARTER, Config
 
 # diffusers 0.42.1 hands torch tensors to numpy 2 in DEIS and LMS.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
-
-Config = dict[str, Any]
 
 TOLERANCE = 1.5e-5
 TOLERANCE_FOREIGN = 6e-5
 TOLERANCE_ALMOST_ONLY_NOISE = 1e-3
 N_TOKENS = 1024
-
-STABLE_DIFFUSION: Config = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-SD2: Config = {**STABLE_DIFFUSION, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-STARTER: Config = {
-    **SD2,
-    "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "timestep_spacing": "trailing",
-}
-SDXL: Config = {**STABLE_DIFFUSION, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-SD3: Config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-FLUX: Config = {
-    **SD3,
-    "use_dynamic_shifting": True,
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-}
 
 # Steps and strengths; together the four UNet configs try each number of steps, whole and cut.
 VP_CASES: dict[str, tuple[Config, tuple[tuple[int, float], ...]]] = {
@@ -329,6 +297,11 @@ def test_samplers_for_unets_are_refused_for_flow_models_and_the_others_named(sam
         make_sampler(sampler, NoiseSchedule.from_config(SD3), n_steps=4)
 
 
+def test_flux_needs_to_know_the_picture_size() -> None:
+    with pytest.raises(InvalidValue, match="picture size"):
+        plan("euler", NoiseSchedule.from_config(FLUX), n_steps=4)
+
+
 def test_two_rows_of_one_foreign_sampler_do_not_disturb_each_other() -> None:
     schedule = NoiseSchedule.from_config(STABLE_DIFFUSION)
     alone = _draw(ForeignSampler("pndm", schedule, n_steps=4), STABLE_DIFFUSION, strength=1.0)
@@ -349,64 +322,6 @@ def test_samplers_are_planned_without_torch() -> None:
     code = "import sys, sdfleet.engine.samplers; print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-# -- 3. schedules
-
-
-@pytest.mark.parametrize("config", [STABLE_DIFFUSION, STARTER, {"beta_schedule": "squaredcos_cap_v2"}])
-def test_noise_table_is_that_of_diffusers(config: Config) -> None:
-    schedule = NoiseSchedule.from_config(config)
-    euler, ddim = (getattr(diffusers, f"{name}Scheduler").from_config(config) for name in ("EulerDiscrete", "DDIM"))
-    np.testing.assert_allclose(schedule.alphas_cumprod(ClassDefaults()), euler.alphas_cumprod, rtol=1e-5, atol=1e-12)
-    exact = schedule.alphas_cumprod(ClassDefaults(zero_snr="exact"))
-    np.testing.assert_allclose(exact, ddim.alphas_cumprod, rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("config", "kind", "prediction", "default_sampler"),
-    [
-        (STABLE_DIFFUSION, "vp", "epsilon", "pndm"),
-        (STARTER, "vp", "v_prediction", "ddim"),
-        (SDXL, "vp", "epsilon", "euler"),
-        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "vp", "epsilon", "euler_a"),
-        ({"_class_name": "LCMScheduler"}, "vp", "epsilon", "lcm"),
-        (
-            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-            "vp",
-            "epsilon",
-            "dpm++_2m_sde",
-        ),
-        ({"_class_name": "SomebodysScheduler", "beta_start": 0.001}, "vp", "epsilon", "euler"),
-        (SD3, "flow", "flow", "euler"),
-        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "flow", "flow", "heun"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "flow", "flow", "dpm++_2m"),
-        ({"_class_name": "SomebodysScheduler", "shift": 3.0}, "flow", "flow", "euler"),
-    ],
-)
-def test_config_is_understood(config: Config, kind: str, prediction: str, default_sampler: str) -> None:
-    schedule = NoiseSchedule.from_config(config)
-    assert (schedule.kind, schedule.prediction, schedule.default_sampler) == (kind, prediction, default_sampler)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
-        {**SD3, "invert_sigmas": True},
-        {**STABLE_DIFFUSION, "prediction_type": "tea leaves"},
-        {**STABLE_DIFFUSION, "num_train_timesteps": "many"},
-    ],
-)
-def test_config_that_cannot_be_sampled_is_refused(config: Config) -> None:
-    with pytest.raises(UnsupportedByModel):
-        NoiseSchedule.from_config(config)
-
-
-def test_flux_needs_to_know_the_picture_size() -> None:
-    with pytest.raises(InvalidValue, match="picture size"):
-        plan("euler", NoiseSchedule.from_config(FLUX), n_steps=4)
 
 
 # -- the two ways to draw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from sdfleet.fleet.broker import Broker, BrokerConfig, User
+from sdfleet.fleet.bus_nats import Credentials, connect
 from sdfleet.fleet.transport import Bus, Transport
 from sdfleet.fleet.transport_memory import MemoryBroker
-from sdfleet.fleet.transport_nats import Credentials, connect, open_transport
+from sdfleet.fleet.transport_nats import open_transport
 
 ROUTER = Credentials(user="router", password="a-password-for-tests-only")
 
@@ -101,6 +103,29 @@ class NatsWorld:
         for each in self._open:
             await each.close()
         await self.broker.close()
+
+
+@asynccontextmanager
+async def listening_in(port: int) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """Another port of the broker's on loopback, and what clients have written to it, line by line, as they write."""
+    written: list[bytes] = []
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter, lines: list[bytes] | None) -> None:
+        with contextlib.suppress(OSError):
+            while line := await source.readline():
+                if lines is not None:
+                    lines.append(line.strip())
+                sink.write(line)
+                await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(relay(reader, broker_writer, written), relay(broker_reader, writer, None))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], written
 
 
 @asynccontextmanager

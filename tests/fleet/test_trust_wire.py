@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sdfleet.errors import StoreUnavailable
+from sdfleet.fleet.bus_nats import NotLetIn, connect
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.transport import Incoming, NoAnswer
-from sdfleet.fleet.transport_nats import NotLetIn, connect
 from sdfleet.fleet.trust import guest_key
 from tests.fleet.trusted import play, trusted
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from sdfleet.fleet.asking import join
 from sdfleet.fleet.broker import Broker
+from sdfleet.fleet.bus_nats import Credentials, NatsBus, NotLetIn, connect
 from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.joining import Joining
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.members import Settled
 from sdfleet.fleet.transport import Incoming
-from sdfleet.fleet.transport_nats import Credentials, NatsBus, NotLetIn, connect, open_transport
+from sdfleet.fleet.transport_nats import open_transport
 from sdfleet.fleet.trust import Roster
 from tests.fleet.brokers import free_port
 

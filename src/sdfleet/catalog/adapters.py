@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdfleet.catalog.adapter_header import PEFT_CONFIG, AdapterFacts, Kind, read_facts
-from sdfleet.catalog.headers import Header, read_header
+from sdfleet.catalog.headers import PICKLES, Header, read_header
 from sdfleet.catalog.single_file.gguf_header import is_gguf
-from sdfleet.catalog.single_file.layout import PICKLES, refuse_pickle
+from sdfleet.catalog.single_file.layout import refuse_pickle
 from sdfleet.domain import MAX_LORA_NAME_CHARS, AdapterFile
 from sdfleet.errors import (
     BrokenCheckpoint,

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from sdfleet.errors import BrokenCheckpoint
 
+# Endings of files of weights that can run code when they are opened.
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # The safetensors library refuses headers past 100 MB; FLUX.1, the longest we know, needs 0.2 MB.
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_JSON_BYTES = 32 * 2**20

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from sdfleet.catalog.cards import Family
+from sdfleet.catalog.headers import PICKLES
 from sdfleet.catalog.hubs.hub import HubFile
-from sdfleet.catalog.identify import CHECKED_BY, NEEDED, OPTIONAL, PICKLES
+from sdfleet.catalog.identify import CHECKED_BY, NEEDED, OPTIONAL
 from sdfleet.errors import BrokenCheckpoint, PickleRefused, UnsupportedByModel
 
 # At the top: what the folder is, and the licence, which must come along with the weights.

@@ -16,13 +16,13 @@ from typing import NoReturn
 from sdfleet.compose.language import shelf_of
 from sdfleet.compose.machine import hardware, hub, standalone
 from sdfleet.errors import JoinRefused
+from sdfleet.fleet.bus_nats import NatsBus, NotLetIn, connect
 from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.node import Node, NodeOptions
 from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
 from sdfleet.fleet.transport import Bus
-from sdfleet.fleet.transport_nats import NatsBus, NotLetIn, connect
 from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings

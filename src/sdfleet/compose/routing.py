@@ -26,6 +26,7 @@ from sdfleet.compose.house import Ground, House, ground
 from sdfleet.errors import InvalidValue, StoreUnavailable
 from sdfleet.fleet.books import Books
 from sdfleet.fleet.broker import Broker
+from sdfleet.fleet.bus_nats import Credentials, connect
 from sdfleet.fleet.catalog import FleetCatalog
 from sdfleet.fleet.certificates import write_private
 from sdfleet.fleet.chooser import PlacedByFleet
@@ -39,7 +40,7 @@ from sdfleet.fleet.messages import BrokenMessage
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
 from sdfleet.fleet.transport import Entry, Transport
-from sdfleet.fleet.transport_nats import Credentials, connect, open_transport
+from sdfleet.fleet.transport_nats import open_transport
 from sdfleet.fleet.trust import Roster
 from sdfleet.jobs.readiness import Readiness
 from sdfleet.settings import Settings

@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from sdfleet.catalog.identify import TO_READ_PIECES
+from sdfleet.catalog.component import TO_READ_PIECES
 from sdfleet.doctor.entry import Entry, Finding, fault, not_applicable, ok, warning
 from sdfleet.doctor.machine import Machine
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sdfleet.errors import JoinRefused, NotReady, SdfleetError, StoreUnavailable, from_wire
+from sdfleet.fleet.bus_nats import Credentials, NatsBus, NotLetIn, connect
 from sdfleet.fleet.certificates import certificate_at, fingerprint_of, trusting, trusting_only
 from sdfleet.fleet.identity import Identity, urls_of
 from sdfleet.fleet.join_code import parse
@@ -31,7 +32,6 @@ from sdfleet.fleet.joining import (
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.messages import BrokenMessage, inbox_of, is_signed, pack, sign, unpack, up
 from sdfleet.fleet.transport import Bus, NoAnswer
-from sdfleet.fleet.transport_nats import Credentials, NatsBus, NotLetIn, connect
 from sdfleet.fleet.trust import PENDING_S, asking_inbox, code_inbox, guest_key
 
 log = logging.getLogger(__name__)

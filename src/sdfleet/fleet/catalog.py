@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from sdfleet.catalog.adapter_header import AdapterFacts, Kind
 from sdfleet.catalog.adapters import TITLES, Adapter, Adapters
 from sdfleet.catalog.cards import Card, Family
+from sdfleet.catalog.component import Component
 from sdfleet.catalog.family_titles import FAMILY_TITLES
-from sdfleet.catalog.identify import Component, Identified
+from sdfleet.catalog.identify import Identified
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.domain import AdapterFile
 from sdfleet.errors import BrokenCheckpoint, CheckpointNotFound, NotReady, UnknownName

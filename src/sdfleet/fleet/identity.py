@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdfleet.errors import InvalidValue, JoinRefused, StorageError
+from sdfleet.fleet.bus_nats import Credentials
 from sdfleet.fleet.certificates import trusting, write_private
 from sdfleet.fleet.join_code import is_place
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.messages import inbox_of, is_node_id
-from sdfleet.fleet.transport_nats import Credentials
 
 _VERSION = 1
 _FORMAT = "sdfleet node"
@@ -44,21 +44,21 @@ class Identity:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """For `transport_nats.connect`."""
+        """For `bus_nats.connect`."""
         return urls_of(self.places)
 
     @property
     def inbox(self) -> str:
-        """For `transport_nats.connect`, of both connections: no other inbox is open to this node."""
+        """For `bus_nats.connect`, of both connections: no other inbox is open to this node."""
         return inbox_of(self.node)
 
     @property
     def credentials(self) -> Credentials:
-        """For `transport_nats.connect`."""
+        """For `bus_nats.connect`."""
         return Credentials(seed=self.seed)
 
     def tls(self) -> ssl.SSLContext | None:
-        """For `transport_nats.connect`. Raises JoinRefused."""
+        """For `bus_nats.connect`. Raises JoinRefused."""
         return trusting(self.authority) if self.authority else None
 
     def save(self, path: Path) -> None:

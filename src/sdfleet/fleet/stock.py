@@ -16,8 +16,9 @@ import psutil
 
 from sdfleet.catalog.consent import Consent
 from sdfleet.catalog.download import DownloadPlan, facts_of, plan_download
+from sdfleet.catalog.headers import PICKLES
 from sdfleet.catalog.hubs.hub import Hub, Source
-from sdfleet.catalog.identify import PICKLES, Identified
+from sdfleet.catalog.identify import Identified
 from sdfleet.catalog.pulling import Pulling
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.errors import CheckpointError, InvalidValue

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from sdfleet.errors import Conflict, InvalidValue, JoinRefused, RateLimited, StorageError, UnknownName
 from sdfleet.fleet.broker import BrokerConfig, User
+from sdfleet.fleet.bus_nats import Credentials
 from sdfleet.fleet.certificates import Certificates, certificates_in, trusting, write_private
 from sdfleet.fleet.join_code import MAX_PLACES, JoinCode, is_place
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.members import Settled
 from sdfleet.fleet.messages import inbox_of, is_node_id
 from sdfleet.fleet.state import Limits
-from sdfleet.fleet.transport_nats import Credentials
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 from sdfleet.domain import Job, JobEvent, JobId, JobState, JobStatus, Output, OwnerId, Submission
 from sdfleet.errors import (
@@ -32,10 +32,11 @@ from sdfleet.errors import (
 )
 from sdfleet.jobs.board import Board, note
 from sdfleet.jobs.chooser import Chooser, OneDevice
+from sdfleet.jobs.dispatcher import Dispatcher
 from sdfleet.jobs.drawer import DEVICE, OUTPUT_PATIENCE_S, Drawer
 from sdfleet.jobs.follower import Follower
 from sdfleet.jobs.ledger import Ledger
-from sdfleet.jobs.live import Live
+from sdfleet.jobs.live import Live, without_pictures
 from sdfleet.jobs.observer import Observer, Silent
 from sdfleet.jobs.queue import AGING_S, PATIENCE_S, Waiting
 from sdfleet.jobs.retention import Retention
@@ -57,8 +58,6 @@ MAX_DEATHS = 3
 MAX_ATTEMPTS = 50
 # Finished jobs that estimates are learnt from at the start.
 N_REMEMBERED = 100
-# Jobs in line hear of their new place this often at most.
-TELL_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,15 +216,19 @@ class JobDesk:
         return await asyncio.shield(task)
 
     async def wait(self, job_id: JobId, *, owner: OwnerId | None = None, deadline_s: float | None = None) -> Job:
-        """The job, ended: done, failed or cancelled. Raises NotFound, DeadlineExceeded, ShuttingDown."""
+        """The job, ended: done, failed or cancelled; without its input pictures.
+
+        Raises NotFound, DeadlineExceeded, ShuttingDown.
+        """
         live = await self._find_live(job_id, owner)
-        if live is not None:
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await live.wait()
-            except TimeoutError as exc:
-                raise DeadlineExceeded(f"job {job_id} was not done within {deadline_s} s") from exc
-        return await self._find(job_id, owner)
+        if live is None:
+            return without_pictures(await self._find(job_id, owner))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await live.wait()
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"job {job_id} was not done within {deadline_s} s") from exc
+        return live.job
 
     async def watch(
         self, job_id: JobId, *, owner: OwnerId | None = None, after: int = 0, previews: bool = False
@@ -439,14 +442,15 @@ class JobDesk:
             raise NotFound(f"there is no job {job_id[:80]!r}")
         return live
 
-    # ---------------------------------------------------------------------------------------------------- the dispatch
+    # -------------------------------------------------------------------------------------------------------- the work
 
     async def _run(self) -> None:
         reason: SdfleetError = ShuttingDown("the server is stopping", hint="the job goes on after its next start")
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._dispatch(tasks), name="dispatch")
-                tasks.create_task(self._tell_places(), name="places in line")
+                dispatcher = Dispatcher(self._board, chooser=self._chooser, drawer=self._drawer)
+                tasks.create_task(dispatcher.run(tasks), name="dispatch")
+                tasks.create_task(dispatcher.tell_places(), name="places in line")
                 if self.options.sync_s is not None:
                     follower = Follower(self._board, store=self._store, runtime=self._runtime)
                     tasks.create_task(follower.run(every_s=self.options.sync_s), name="follow the store")
@@ -461,34 +465,6 @@ class JobDesk:
             self._board.is_open = False
             for live in self._board.lives.values():
                 live.leave(reason)
-
-    async def _dispatch(self, tasks: asyncio.TaskGroup) -> NoReturn:
-        board = self._board
-        while True:
-            board.wake.clear()
-            now_s = board.clock()
-            for late in board.queue.late(now_s):
-                tasks.create_task(self._expire(board.lives[late.job_id]))
-            while board.is_open and (waiting := self._chooser.next(board.queue, now_s=now_s)) is not None:
-                tasks.create_task(self._drawer.work(board.begin(waiting), board.lives[waiting.job_id]))
-            deadline_s = board.queue.first_deadline_s()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - board.clock())):
-                    await board.wake.wait()
-
-    async def _expire(self, live: Live) -> None:
-        error = DeadlineExceeded(f"job {live.job.id} was not begun in the time it had", hint="the queue is long")
-        await self._drawer.fail(live, error)
-
-    async def _tell_places(self) -> NoReturn:
-        """Let those who watch a waiting job hear of its place when the line has moved."""
-        while True:
-            await self._board.line_moved.wait()
-            self._board.line_moved.clear()
-            for live in self._board.lives.values():
-                if live.is_watched and live.job.state == "queued":
-                    live.touch()
-            await asyncio.sleep(TELL_EVERY_S)
 
 
 def _ended_status(job: Job) -> JobStatus:

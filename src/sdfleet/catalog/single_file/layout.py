@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdfleet.catalog.headers import Header, read_header
+from sdfleet.catalog.headers import PICKLES, Header, read_header
 from sdfleet.catalog.single_file.flux import read_flux
 from sdfleet.catalog.single_file.gguf_header import is_gguf, read_gguf_header
 from sdfleet.catalog.single_file.pieces import Part, Shapes, beneath, n_bytes_of
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Prediction = Literal["epsilon", "v"]
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # How a pickle begins (protocol 2 and later), and a zip, which is how torch wraps one.
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 # A denoiser alone has its names bare, or as the programs that cut it out left them.
