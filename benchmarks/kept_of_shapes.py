@@ -34,7 +34,8 @@ def main() -> None:
             return F.linear(on(n_rows, width), on(n_made, width), on(n_made))
 
         def attention(n_heads: int, n: int, width: int, on: Callable[..., Tensor] = on) -> object:
-            return F.scaled_dot_product_attention(*(on(1, n_heads, n, width) for _ in range(3)))
+            query = key = value = on(1, n_heads, n, width)
+            return F.scaled_dot_product_attention(query, key, value)
 
         def products(n_heads: int, n: int, width: int, on: Callable[..., Tensor] = on) -> object:
             return torch.bmm(on(n_heads, n, width), on(n_heads, width, n))

@@ -274,8 +274,11 @@ def test_eco_mode_draws_the_same_picture_with_less_on_the_device(checkpoints: Ch
     assert most_levels_apart(pictures(run(eco))["job", 0], pictures(run(fast))["job", 0]) <= 1
 
 
-def test_the_least_recently_used_checkpoint_leaves_when_another_needs_room(checkpoints: Checkpoints) -> None:
-    small, other = checkpoints("sd15"), checkpoints("sd21")
+def test_the_least_recently_used_checkpoint_leaves_when_another_needs_room(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    small = checkpoints("sd15")
+    other = shutil.copytree(small, tmp_path / "other")
     measuring = Engine(FLOAT32)
     measuring.submit(drawing("sd15", small))
     run(measuring)
@@ -283,11 +286,12 @@ def test_the_least_recently_used_checkpoint_leaves_when_another_needs_room(check
     most_bytes = family.components.weights().total + max(
         family.peak_bytes(width_px=64, height_px=64, n_rows=2), family.decode_bytes(width_px=64, height_px=64)
     )
+    most_bytes += family.left_by_prompts_bytes(drawing("sd15", small))
     tight = Engine(
         EngineOptions(device="cpu", dtype="float32", n_threads=1, memory_limit_bytes=int(most_bytes / 0.9 * 1.05))
     )
-    for folder, name in ((small, "sd15"), (other, "sd21")):
-        tight.submit(drawing(name, folder, job=name))
+    for folder in (small, other):
+        tight.submit(drawing("sd15", folder, job=folder.name))
         pictures(run(tight))
 
     assert tight.facts()["checkpoints"] == [str(other)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,32 +75,33 @@ def test_an_unloaded_checkpoint_leaves_with_its_prompts_and_not_under_a_job(chec
 
 
 def _room_for_one_and_a_half(checkpoints: Folders) -> int:
-    """Bytes in which sd15 or sd21 can be drawn, and not both held whole."""
+    """Bytes in which sd15 or a copy of it can be drawn, and not both held whole."""
     engine = engine_of()
     run(engine, checkpoints("sd15"), "sd15")
-    loaded = engine._residency.get(str(checkpoints("sd15")))
-    family = loaded.family
+    family = engine._residency.get(str(checkpoints("sd15"))).family
     live = max(family.peak_bytes(width_px=64, height_px=64, n_rows=2), family.decode_bytes(width_px=64, height_px=64))
+    live += family.left_by_prompts_bytes(drawing("sd15", checkpoints("sd15")))
     n_bytes = family.components.resident_bytes()
     engine.close()
     return int((1.5 * n_bytes + live) / 0.9)
 
 
-def test_an_idle_checkpoint_makes_room_and_a_pinned_one_does_not(checkpoints: Folders) -> None:
+def test_an_idle_checkpoint_makes_room_and_a_pinned_one_does_not(checkpoints: Folders, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoints("sd15"), tmp_path / "other")
     limit = _room_for_one_and_a_half(checkpoints)
     engine = engine_of(memory_limit_bytes=limit, memory_mode="fast")
     run(engine, checkpoints("sd15"), "sd15")
-    assert isinstance(run(engine, checkpoints("sd21"), "sd21"), JobDone)
-    assert held(engine) == ["sd21"]
+    assert isinstance(run(engine, other, "sd15"), JobDone)
+    assert held(engine) == ["other"]
 
-    engine.pin((str(checkpoints("sd21")),))
+    engine.pin((str(other),))
     refused = run(engine, checkpoints("sd15"), "sd15")
     assert isinstance(refused, JobFailed)
     assert isinstance(refused.error, OutOfMemory)
-    assert "pinned are sd21 (0.0 GB)" in refused.error.message
+    assert "pinned are other (0.0 GB)" in refused.error.message
     assert "needs 0.0 GB at this size and the device has 0.0 GB" in refused.error.message
     assert "unpin one of them" in refused.error.hint
-    assert held(engine) == ["sd21"]
+    assert held(engine) == ["other"]
 
     engine.pin(())
     assert isinstance(run(engine, checkpoints("sd15"), "sd15"), JobDone)

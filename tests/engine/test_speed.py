@@ -102,6 +102,6 @@ def test_the_benchmark_of_the_planner_finds_it_near_at_toy_size() -> None:
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     for row in json.loads(answer.stdout.splitlines()[-1]):
         told, seen = row["predicted"], row["measured"]
-        # Generous: small tensors lie in the allocator's gaps, and other programs are running.
-        assert 0.4 < told["peak"] / seen["peak"] < 2.5, row
+        # The allocator's gaps differ by a tenth or two from run to run; of the time, other programs take their part.
+        assert 0.6 < told["peak"] / seen["peak"] < 1.6, row
         assert 0.1 < told["step_s"] / seen["step_s"] < 5, row
