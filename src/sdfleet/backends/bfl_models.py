@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sdfleet.backends.sent_pictures import ours_alone
 from sdfleet.catalog.cards import Card, Ignored
 from sdfleet.domain import Drawing, ImageRequest, Unsaid
 from sdfleet.errors import InvalidValue, UnsupportedByModel
@@ -156,12 +157,7 @@ def check(card: Card, request: ImageRequest) -> tuple[str, ...]:
         model.guidance.check("guidance", request.guidance, model=name)
     if request.image is not None and request.strength is not None and not model.takes_strength:
         warnings.append(f"strength has no effect on {name}")
-    used = {
-        "t5": request.t5 != "auto",
-        "step_cache": request.step_cache != "off",
-        "reproducible": request.reproducible,
-    }
-    warnings += [f"{field} has no effect on {name}" for field, is_used in used.items() if is_used]
+    warnings += [f"{field} has no effect on {name}" for field in ours_alone(request)]
     return tuple(warnings)
 
 
