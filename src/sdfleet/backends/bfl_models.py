@@ -134,10 +134,10 @@ def _card(name: str, model: Model) -> Card:
 def check(card: Card, request: ImageRequest) -> tuple[str, ...]:
     """What would be left out of a request, as warnings. Raises a BadRequest for what the model cannot draw.
 
-    >>> request = ImageRequest(prompt="a fox", width_px=1500, height_px=512)
+    >>> request = ImageRequest(prompt="a fox", width_px=1504, height_px=512)
     >>> check(next(card for card in cards() if card.name == "flux-dev"), request)
     Traceback (most recent call last):
-    sdfleet.errors.InvalidValue: width: 1500 px is not between 256 and 1440, as flux-dev takes it
+    sdfleet.errors.InvalidValue: width: 1504 px is not between 256 and 1440, as flux-dev takes it
     """
     model, name = MODELS[card.name], card.name
     if request.mask is not None and not model.takes_mask:
