@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -102,6 +103,29 @@ class NatsWorld:
         for each in self._open:
             await each.close()
         await self.broker.close()
+
+
+@asynccontextmanager
+async def listening_in(port: int) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """Another port of the broker's on loopback, and what clients have written to it, line by line, as they write."""
+    written: list[bytes] = []
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter, lines: list[bytes] | None) -> None:
+        with contextlib.suppress(OSError):
+            while line := await source.readline():
+                if lines is not None:
+                    lines.append(line.strip())
+                sink.write(line)
+                await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(relay(reader, broker_writer, written), relay(broker_reader, writer, None))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], written
 
 
 @asynccontextmanager

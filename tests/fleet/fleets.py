@@ -90,6 +90,8 @@ class NodeInTest:
             speaker=Speaker(self.node, control=self.control, bulk=self.bulk, language=shelf),
         )
         self._task = asyncio.create_task(self.it.run(), name=self.node)
+        while self.it._seq == 0 and not self._task.done():  # noqa: ASYNC110 - it reads its disk, and tells nobody here
+            await asyncio.sleep(0.001)
 
     async def kill(self) -> None:
         """As `kill -9`: nothing is said, what is on the disk stays."""

@@ -10,9 +10,10 @@ import pytest
 
 from sdfleet.domain import JobId
 from sdfleet.errors import StoreUnavailable
+from sdfleet.fleet.bus_nats import connect
 from sdfleet.fleet.transport import Bus, Entry, Incoming, NoAnswer, Transport
 from tests.fleet import virtual_time
-from tests.fleet.brokers import World, world
+from tests.fleet.brokers import ROUTER, NatsWorld, World, listening_in, world
 
 Test = Callable[[World], Awaitable[None]]
 
@@ -63,6 +64,21 @@ def test_what_is_said_is_heard_in_order_with_its_headers(play: Callable[[Test], 
         ]
 
     play(test)
+
+
+def test_after_a_flush_the_broker_has_read_what_was_said_before_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world("nats", tmp_path / "broker") as here:
+            assert isinstance(here, NatsWorld)
+            async with listening_in(here.port) as (port, written):
+                bus = await connect((f"nats://127.0.0.1:{port}",), name="bob", credentials=ROUTER)
+                await _listen(bus, "a")
+                before = list(written)
+                await bus.close()
+            (asked,) = (number for number, line in enumerate(before) if line.startswith(b"SUB a "))
+            assert b"PING" in before[asked:]
+
+    asyncio.run(main())
 
 
 def test_wildcards_cover_what_they_should_and_nothing_else(play: Callable[[Test], None]) -> None:

@@ -191,7 +191,10 @@ class NatsBus:
 
     async def flush(self) -> None:
         try:
-            await self.client.flush(timeout=2)
+            # The client writes a ping before what still waits to be written, so the first answer promises nothing of
+            # it; but by then that is written, and the second ping comes after it.
+            for _ in range(2):
+                await self.client.flush(timeout=2)
         except (NatsError, TimeoutError, OSError) as exc:
             raise StoreUnavailable(f"the broker cannot be reached: {str(exc) or type(exc).__name__}") from exc
 
