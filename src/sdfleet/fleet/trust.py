@@ -23,8 +23,8 @@ from sdfleet.fleet.certificates import Certificates, certificates_in, trusting, 
 from sdfleet.fleet.join_code import MAX_PLACES, JoinCode, is_place
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.members import Settled
-from sdfleet.fleet.messages import inbox_of, is_node_id
 from sdfleet.fleet.state import Limits
+from sdfleet.fleet.subjects import inbox_of, is_node_id
 
 log = logging.getLogger(__name__)
 
