@@ -16,7 +16,6 @@ from sdfleet.domain import Drawing, ImageRequest, Unsaid
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
 ID = "flux-api"
-DEFAULT_MODEL = "flux-pro-1.1"
 # What "automatic" means there for pictures that are told by their ratio.
 RATIOS = ("21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16", "9:21")
 
