@@ -185,6 +185,9 @@ def test_jobs_in_events_carry_no_input_pictures(tmp_path: Path) -> None:
             await begun(place, job.id)
             assert (await place.desk.status(job.id)).job.request.image is None
             place.held.gate.set()
-            assert (await place.desk.wait(job.id)).request.image == image
+            assert (await place.desk.wait(job.id)).request.image is None
+            stored = await place.store.job(job.id)
+            assert stored is not None
+            assert stored.request.image == image
 
     tell(story)

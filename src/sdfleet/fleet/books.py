@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 NEXT_S = 1.0
 AGAIN_S = 1.0
+# From the end of a job to its entry's.
+STRIKE_S = 0.05
 # Ids; of a job whose entry is not in the ledger at all, nothing ever comes.
 MOST_REMEMBERED = 20_000
 
@@ -167,6 +169,8 @@ class Books:
     async def _strike(self) -> NoReturn:
         while True:
             await self._news.wait()
+            # Whoever waits for the picture is answered first.
+            await asyncio.sleep(STRIKE_S)
             self._news.clear()
             while self._to_strike:
                 job, entry = next(iter(self._to_strike.items()))

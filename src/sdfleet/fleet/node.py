@@ -13,8 +13,9 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import psutil
 
@@ -46,10 +47,10 @@ from sdfleet.fleet.packing import CHUNK_BYTES, BrokenMessage, pack, unpack
 from sdfleet.fleet.shipping import Shipping
 from sdfleet.fleet.signing import SIGNATURE, is_signed
 from sdfleet.fleet.speaking import Speaker
-from sdfleet.fleet.spool import Spool
+from sdfleet.fleet.spool import Spool, Spooled
 from sdfleet.fleet.stock import Stock, slots_of
 from sdfleet.fleet.subjects import down, up
-from sdfleet.fleet.task import Task, pack_or_fail
+from sdfleet.fleet.task import Task, packed_or_failed
 from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.language.asking import LanguageModel
 from sdfleet.language.shelf import Shelf
@@ -57,14 +58,15 @@ from sdfleet.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # Progress of one job is told so often at most; the newest step counts.
 NEWS_EVERY_S = 0.25
-# Changes of slots are told at once, but many at a time.
-BEAT_AGAIN_S = 0.05
+# What changes is told so soon, many changes at a time, and after what made them: a heartbeat takes a few ms of a slow
+# machine, which the job that was just given would wait for.
+BEAT_SOON_S = 0.05
 # How often a changed set of models is looked for.
 MODELS_EVERY_S = 5.0
+# What the router has stored by then needs no disk here. Who is killed meanwhile has drawn it in vain.
+KEEP_S = 0.05
 _AGAIN_S = 1.0
 # Spooled jobs that one heartbeat names; those that are not come when these have been fetched.
 MOST_NAMED = 1000
@@ -225,7 +227,9 @@ class Node:
 
         job = self._jobs.get(run.job)
         if job is not None:
-            job.run = replace(job.run, lease=run.lease)  # given here again, by a router that had believed us dead
+            # Given here again, by a router that had believed us dead.
+            job.run = replace(job.run, lease=run.lease)
+            self._spool.renew(run.job, run.lease)
             return answer("have")
         spooled = self._spool.get(run.job)
         if spooled is not None and spooled.is_failure and spooled.lease != run.lease:
@@ -314,17 +318,18 @@ class Node:
             fault = SdfleetError(f"{type(exc).__name__} in sdfleet itself, on {self.options.name}", hint="see its log")
             outcome = Failure(job_id=job.run.job, error=fault)
         try:
-            packed = await asyncio.to_thread(pack_or_fail, outcome)
-            is_failure = isinstance(outcome, Failure)
-            await self._insist(
-                lambda: asyncio.to_thread(self._spool.put, job.run.job, job.run.lease, packed, is_failure=is_failure)
-            )
+            packed = await packed_or_failed(outcome)
+            spooled = self._spool.put(job.run.job, job.run.lease, packed, is_failure=isinstance(outcome, Failure))
+            self._shipping.nudge(job.run.job)
+            await self._room_beside(spooled)
         finally:
             # The slot is free when the computing has ended, whenever the last byte has left the house.
             self._jobs.pop(job.run.job, None)
-        self._shipping.nudge(job.run.job)
-        await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
+        if len(packed) > CHUNK_BYTES:  # a smaller one is there as soon as its news
+            await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
         self._changed()
+        await asyncio.sleep(KEEP_S)
+        await asyncio.to_thread(self._spool.keep, spooled)
 
     async def _drawn(self, job: Task) -> ImageResult:
         run = job.run
@@ -341,13 +346,12 @@ class Node:
         except TimeoutError as exc:
             raise DeadlineExceeded(f"job {run.job} was not done in the {run.budget_s:.0f} s it had") from exc
 
-    async def _insist(self, act: Callable[[], Awaitable[T]]) -> T:
-        """A full disk keeps the outcome in memory until there is room."""
-        while True:
-            try:
-                return await act()
-            except SdfleetError as exc:
-                log.warning("a finished job cannot be spooled yet", extra={"why": str(exc)})
+    async def _room_beside(self, spooled: Spooled) -> None:
+        """Return when this outcome leaves room for others in memory; a full disk may keep its slot taken for long."""
+        while not self._spool.has_room and self._spool.is_in_memory(spooled):
+            await asyncio.to_thread(self._spool.keep, spooled)
+            if self._spool.is_in_memory(spooled):
+                log.warning("finished jobs fill the disk and the memory: no more is drawn until some have left")
                 await asyncio.sleep(_AGAIN_S)
 
     # -------------------------------------------------------------------------------------------------- what it tells
@@ -395,12 +399,10 @@ class Node:
         while True:
             self._beat.clear()
             await self._publish(up(self.options.node, "hb"), self._heartbeat())
-            await asyncio.sleep(BEAT_AGAIN_S)
-            try:
-                async with asyncio.timeout(HEARTBEAT_S - BEAT_AGAIN_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S - BEAT_SOON_S):
                     await self._beat.wait()
-            except TimeoutError:
-                continue
+            await asyncio.sleep(BEAT_SOON_S)
 
     def _heartbeat(self) -> Heartbeat:
         self._seq += 1

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 15.0
 # A router that is away, or does not know the job yet, is asked again.
 AGAIN_S = 1.0
+# From here on a hash is not for the event loop: 1 ms.
+_LARGE_BYTES = 2**20
 # Jobs whose results are on their way at once.
 N_AT_ONCE = 4
 
@@ -98,13 +100,15 @@ class Shipping:
             return
         self._not_before_s.pop(job, None)
         # `dup` may be about an older lease: if the router has given the job here again meanwhile, it is sent again.
-        if answer.verdict == "stored" or self._spool.get(job) is spooled:
+        here = self._spool.get(job)
+        if answer.verdict == "stored" or (here is not None and here.lease == spooled.lease):
             await asyncio.to_thread(self._spool.drop, job)
         self._on_change()
 
     async def _sent(self, spooled: Spooled) -> ChunkAnswer:
         """The router's last word. Raises NoAnswer, BrokenMessage."""
-        data, sha256 = await asyncio.to_thread(_read, spooled)
+        in_memory = spooled.packed is not None and len(spooled.packed) < _LARGE_BYTES
+        data, sha256 = _read(spooled) if in_memory else await asyncio.to_thread(_read, spooled)
         total = len(data)
         offset, under_way = 0, list[asyncio.Task[ChunkAnswer]]()
 

@@ -9,6 +9,9 @@ from sdfleet.errors import JobCancelled, SdfleetError
 from sdfleet.fleet.messages import Failure, JobNews, Outcome, Run, pack_outcome
 from sdfleet.fleet.packing import BrokenMessage
 
+# Pixels that are packed in less time than a thread takes to wake.
+_SMALL_BYTES = 2**18
+
 
 @dataclass(slots=True, eq=False)
 class Task:
@@ -37,9 +40,10 @@ class Task:
             raise JobCancelled(f"job {self.run.job} was cancelled")
 
 
-def pack_or_fail(outcome: Outcome) -> bytes:
+async def packed_or_failed(outcome: Outcome) -> bytes:
     """The outcome as bytes; one that is too large to send is a failure."""
+    n_bytes = 0 if isinstance(outcome, Failure) else sum(len(each.picture.data) for each in outcome.images)
     try:
-        return pack_outcome(outcome)
+        return pack_outcome(outcome) if n_bytes < _SMALL_BYTES else await asyncio.to_thread(pack_outcome, outcome)
     except BrokenMessage as exc:
         return pack_outcome(Failure(job_id=outcome.job_id, error=SdfleetError(f"its pictures cannot be sent: {exc}")))

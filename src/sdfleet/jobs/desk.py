@@ -36,7 +36,7 @@ from sdfleet.jobs.dispatcher import Dispatcher
 from sdfleet.jobs.drawer import DEVICE, OUTPUT_PATIENCE_S, Drawer
 from sdfleet.jobs.follower import Follower
 from sdfleet.jobs.ledger import Ledger
-from sdfleet.jobs.live import Live
+from sdfleet.jobs.live import Live, without_pictures
 from sdfleet.jobs.observer import Observer, Silent
 from sdfleet.jobs.queue import AGING_S, PATIENCE_S, Waiting
 from sdfleet.jobs.retention import Retention
@@ -216,15 +216,19 @@ class JobDesk:
         return await asyncio.shield(task)
 
     async def wait(self, job_id: JobId, *, owner: OwnerId | None = None, deadline_s: float | None = None) -> Job:
-        """The job, ended: done, failed or cancelled. Raises NotFound, DeadlineExceeded, ShuttingDown."""
+        """The job, ended: done, failed or cancelled; without its input pictures.
+
+        Raises NotFound, DeadlineExceeded, ShuttingDown.
+        """
         live = await self._find_live(job_id, owner)
-        if live is not None:
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await live.wait()
-            except TimeoutError as exc:
-                raise DeadlineExceeded(f"job {job_id} was not done within {deadline_s} s") from exc
-        return await self._find(job_id, owner)
+        if live is None:
+            return without_pictures(await self._find(job_id, owner))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await live.wait()
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"job {job_id} was not done within {deadline_s} s") from exc
+        return live.job
 
     async def watch(
         self, job_id: JobId, *, owner: OwnerId | None = None, after: int = 0, previews: bool = False
