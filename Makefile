@@ -22,6 +22,8 @@ TROUBLESHOOTING = $(PY) -c 'import sys; from sdfleet.doctor.page import page; sy
 SETTINGS_PAGE = sed '/^| in sdfleet.toml/,$$d' docs/settings.md && \
   $(PY) -c 'import sys; from sdfleet.settings import table; sys.stdout.write(table())'
 CLI_REFERENCE = $(PY) -m typer sdfleet.cli.main utils docs --name sdfleet
+# A file's tests on one core each, several files at once; the slow ones, which start processes and measure, one by one.
+PYTEST_BESIDE = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
 help: ## list the commands
@@ -33,10 +35,11 @@ demo: $(INSTALLED) ## draw a picture with the built-in model: no download, no ac
 	echo "demo.png is in $$PWD ($$(( $$(date +%s) - start )) s, program start included)"
 
 test: $(INSTALLED) static wheel ## everything CI runs: check, the slow tests, the built wheel
-	@$(PY) -m pytest
+	@$(PYTEST_BESIDE) -m "not slow"
+	@$(PY) -m pytest -m "slow and not thorough"
 
 check: $(INSTALLED) static ## before a commit: format, lint, types, layers, generated docs, default tests
-	@$(PY) -m pytest -m "not slow"
+	@$(PYTEST_BESIDE) -m "not slow"
 
 thorough: $(INSTALLED) ## what `make test` tries a few times, many times: before a release
 	@$(PY) -m pytest -m thorough

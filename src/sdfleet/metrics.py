@@ -13,9 +13,16 @@ from sdfleet import __version__
 from sdfleet.backends.base import Capabilities
 from sdfleet.domain import Job
 from sdfleet.errors import ContentWithheld
+from sdfleet.language.counting import DONE, UNKNOWN, Kind
 
 # From a picture of the built-in model on a fast machine to a large one on a slow one.
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+# To the first token: from a small model that is warm to a large one that is read from a disk first.
+TOKEN_SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+# Servers and nodes say themselves which language models they have: what is beyond these is counted as one.
+MOST_LANGUAGE_MODELS = 200
+OTHER_MODELS = "others"
+MOST_CHARS = 120
 
 
 class Load(Protocol):
@@ -28,7 +35,7 @@ class Load(Protocol):
 
 
 class Metrics:
-    """Counts what happens to jobs; an observer of the desk."""
+    """Counts what happens to jobs and to answers in words; an observer of the desk and of language models."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -67,6 +74,24 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        by_model = ["kind", "model"]
+        self._answers = Counter(
+            "sdfleet_answers",
+            "Answers in words, vectors and transcripts that ended: done, left by their caller, or an error's code.",
+            [*by_model, "outcome"],
+            registry=registry,
+        )
+        self._tokens = Counter("sdfleet_answer_tokens", "Tokens that models wrote.", by_model, registry=registry)
+        self._first_token_s = Histogram(
+            "sdfleet_answer_first_token_seconds", "To the first token of a stream.", by_model, buckets=TOKEN_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self._answer_s = Histogram(
+            "sdfleet_answer_seconds", "Whole answers, as their callers see it.", by_model, buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self._open = Gauge("sdfleet_answer_streams_open", "Streams that go on.", ["kind"], registry=registry)
+        self._language_models: set[str] = set()
         version = Gauge("sdfleet_info", "Always 1; the version is a label.", ["version"], registry=registry)
         version.labels(__version__).set(1)
 
@@ -100,6 +125,30 @@ class Metrics:
     def on_store_fault(self, *, code: str) -> None:
         """The store or the outputs' folder could not be written."""
         self._store_faults.labels(code).inc()
+
+    def on_asked(self, kind: Kind, *, is_stream: bool) -> None:
+        """A language or speech model is asked."""
+        self._open.labels(kind).inc(is_stream)
+
+    def on_first_token(self, kind: Kind, model: str, *, after_s: float) -> None:
+        """A stream begins to speak."""
+        self._first_token_s.labels(kind, self._label(model)).observe(after_s)
+
+    def on_ended(self, kind: Kind, model: str, *, outcome: str, n_tokens: int, spent_s: float, is_stream: bool) -> None:
+        """An answer ended; see `AnswerObserver`."""
+        label = self._label(model)
+        self._open.labels(kind).dec(is_stream)
+        self._answers.labels(kind, label, outcome).inc()
+        if n_tokens:
+            self._tokens.labels(kind, label).inc(n_tokens)
+        if outcome == DONE:
+            self._answer_s.labels(kind, label).observe(spent_s)
+
+    def _label(self, model: str) -> str:
+        known, model = self._language_models, model[:MOST_CHARS]
+        if model != UNKNOWN and len(known) < MOST_LANGUAGE_MODELS:
+            known.add(model)
+        return model if model in known or model == UNKNOWN else OTHER_MODELS
 
     def expose(self, *, load: Load, backend: Capabilities) -> bytes:
         """Everything, with how it stands now."""

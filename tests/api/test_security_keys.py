@@ -67,6 +67,7 @@ GENERATE = {
     ("PUT", "/api/outputs/{output_id}/favourite"), ("DELETE", "/api/outputs/{output_id}/favourite"),
     *(("POST", f"/api/{name}") for name in ("chat", "embed", "embeddings", "transcribe")),
     *(("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "embeddings", "audio/transcriptions")),
+    ("POST", "/v1/audio/translations"),
 }  # fmt: skip
 
 MANAGE = {

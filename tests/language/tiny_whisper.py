@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import struct
 import wave
@@ -12,7 +13,7 @@ LANGUAGES = ("en", "de", "zh")
 SAMPLES_PER_S = 16_000
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, *, is_english_only: bool = False) -> Path:
     """A folder that faster-whisper loads; its words are noise."""
     import torch
     from ctranslate2.converters import TransformersConverter
@@ -25,6 +26,8 @@ def write(folder: Path) -> Path:
     times = [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
     # faster-whisper looks up how these four are spelt, to leave them out of a text.
     spelt = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ-", "Ġ'"]
+    if not is_english_only:
+        spelt.append("")  # by this one CTranslate2 knows a Whisper of many languages
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*spelt, *special, *times]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "-"), ("Ġ", "'")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,6 +58,8 @@ def write(folder: Path) -> Path:
     fast.save_pretrained(source)
     files = ["tokenizer.json", "preprocessor_config.json"]
     TransformersConverter(str(source), copy_files=files).convert(str(folder), force=True)
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"lang_ids": sorted(generation.lang_to_id.values())}))
     return folder
 
 

@@ -28,9 +28,10 @@ from sdfleet.api.a1111_wire import (
 )
 from sdfleet.api.access import caller_of, needs
 from sdfleet.api.answering import as_json, house_of, submit, succeeded, wait, withheld_of
-from sdfleet.api.asked import client_of, read_picture, sides_of
+from sdfleet.api.asked import backend_named, client_of, read_picture, sides_of
 from sdfleet.api.bodies import described, from_base64, json_body, read_json
 from sdfleet.api.dialect import BadBody, error_response
+from sdfleet.api.native import backend_of
 from sdfleet.catalog.cards import Card
 from sdfleet.compose import House
 from sdfleet.domain import MAX_IMAGES, ImageRequest, Job, JobId, JobStatus, OwnerId, Picture, Submission
@@ -191,12 +192,16 @@ async def _pictures(
         contents = [await asyncio.to_thread(_put_back, patch, content) for content in contents]
     texts = await asyncio.to_thread(lambda: [base64.b64encode(content).decode() for content in contents])
     infotexts = await asyncio.to_thread(lambda: [pictures.read_infotext(content) for content in contents])
+    backend = await backend_of(house, ended)
+    facts = _info(ended, card, infotexts, strength=asked.denoising_strength)
     answer = PictureAnswer(
         images=texts if asked.send_images else [],
         parameters={**asked.model_dump(), "job_id": ended.id},
-        info=json.dumps(_info(ended, card, infotexts, strength=asked.denoising_strength)),
+        info=json.dumps({**facts, "backend": backend}),
     )
-    return await as_json(answer)
+    response = await as_json(answer)
+    response.headers["X-Backend"] = backend
+    return response
 
 
 async def _submission(
@@ -204,7 +209,8 @@ async def _submission(
 ) -> Submission:
     _refuse_what_is_not_here(asked)
     house = house_of(request)
-    card = await checkpoint(house, asked.checkpoint or seat_of(request).options.get("sd_model_checkpoint"))
+    named = asked.checkpoint or seat_of(request).options.get("sd_model_checkpoint")
+    card = await checkpoint(house, named)
     n_images = asked.batch_size * asked.n_iter
     if n_images > MAX_IMAGES:
         raise InvalidValue("batch_size", f"{n_images} pictures asked for", hint=f"ask for at most {MAX_IMAGES}")
@@ -224,6 +230,7 @@ async def _submission(
         mask=mask,
         strength=None if image is None else asked.denoising_strength,
         safety_checker=asked.safety_checker,
+        backend=backend_named(house, asked.named_backend, model=named if isinstance(named, str) else None),
     )
     return Submission(request=picture, caller=caller_of(request), dialect=DIALECT.name, client=client_of(request))
 
@@ -322,6 +329,7 @@ def _info(job: Job, card: Card, infotexts: list[str], *, strength: float | None)
         "safety": [output.safety for output in job.outputs],
         "withheld": [one.model_dump() for one in withheld_of(job)],
         "warnings": list(job.warnings),
+        "cost_credits": job.cost_credits,
     }
 
 

@@ -11,9 +11,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdfleet.api.asked import SafetyCheckerField
+from sdfleet.errors import InvalidValue
 
 # What the origin answers to for "no choice".
 AUTOMATIC = frozenset({"", "automatic", "none", "use same scheduler", "use same sampler"})
+# SD.Next's option `sd_backend` has these; they are ways of its own to run a model, so no choice of ours.
+SD_NEXT_BACKENDS = frozenset({"", "automatic", "diffusers", "original"})
 MAX_PICTURES = 64
 
 
@@ -48,8 +51,9 @@ class Txt2ImgAsked(BaseModel):
     alwayson_scripts: dict[str, Any] | None = None
     force_task_id: str | None = None
 
-    # Ours; the origin has no checker, and sends no such field.
+    # Ours; the origin has neither, and sends no such field.
     safety_checker: SafetyCheckerField = None
+    backend: Annotated[str, Field(max_length=64, description="see /api/backends")] | None = None
 
     def refused_features(self) -> list[str]:
         """What was switched on and is not here."""
@@ -78,6 +82,16 @@ class Txt2ImgAsked(BaseModel):
         """The model named for this request alone."""
         named = (self.override_settings or {}).get("sd_model_checkpoint")
         return named if isinstance(named, str) and named else None
+
+    @property
+    def named_backend(self) -> str | None:
+        """What is to draw: `backend`, or `sd_backend` where only settings can be sent. Raises InvalidValue."""
+        if self.backend:
+            return self.backend
+        named = (self.override_settings or {}).get("sd_backend") or ""
+        if not isinstance(named, str):
+            raise InvalidValue("override_settings", "its sd_backend is no name", hint="see /api/backends")
+        return None if named.strip().lower() in SD_NEXT_BACKENDS else named.strip()
 
 
 class Img2ImgAsked(Txt2ImgAsked):

@@ -51,8 +51,21 @@ class TranscribeAsked(BaseModel):
     stream: bool | None = None
 
 
+class TranslateAsked(BaseModel):
+    """A recording in any language, whose words are wanted in English; `audio` is another name for `file`."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    file: Annotated[str, Field(json_schema_extra={"format": "binary"})]
+    model: str
+    prompt: str | None = None
+    response_format: str | None = None
+    temperature: float | None = None
+
+
 _BODY = described(TalkAsked)
 _FORM = described(TranscribeAsked, form=True)
+_ENGLISH_FORM = described(TranslateAsked, form=True)
 Asked = Annotated[TalkAsked, Depends(json_body(TalkAsked))]
 
 
@@ -102,6 +115,12 @@ async def transcribe(request: Request) -> Response:
 async def transcriptions(request: Request) -> Response:
     """What is said in a recording, as JSON, text or subtitles; events with `stream`."""
     return await _written_down(request, "/v1/audio/transcriptions")
+
+
+@router.post("/v1/audio/translations", tags=["openai"], responses=openai.FAULTS, openapi_extra=_ENGLISH_FORM)
+async def translations(request: Request) -> Response:
+    """What is said in a recording, in English, as JSON, text or subtitles."""
+    return await _written_down(request, "/v1/audio/translations")
 
 
 def _answered(request: Request, door: Door, asked: TalkAsked) -> Response:

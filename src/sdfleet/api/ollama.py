@@ -23,10 +23,11 @@ from sdfleet import __version__
 from sdfleet.api import pages
 from sdfleet.api.access import caller_of, check_right, needs
 from sdfleet.api.answering import failure, house_of, staying, submit, submit_and_wait, succeeded
-from sdfleet.api.asked import SAFETY_CHECKER, client_of, model_named, read_picture, sides_of
+from sdfleet.api.asked import SAFETY_CHECKER, backend_named, client_of, model_named, read_picture, sides_of
 from sdfleet.api.bodies import described, json_body
 from sdfleet.api.dialect import error_response
 from sdfleet.api.models import expires_at as expiry_of
+from sdfleet.api.native import backend_of
 from sdfleet.api.talk import NDJSON, answered, as_loaded, as_shown, as_tags
 from sdfleet.catalog.store import Catalog, Entry
 from sdfleet.compose import House
@@ -177,6 +178,7 @@ class GenerateAsked(BaseModel):
     stream: bool | None = True
     options: dict[str, Any] | None = None
     keep_alive: Annotated[str | float | None, Field(description="0 with an empty prompt unloads")] = None
+    backend: Annotated[str | None, Field(description="what draws, see /api/backends; also in options")] = None
 
 
 @router.post(
@@ -204,10 +206,12 @@ async def generate(request: Request, asked: Annotated[GenerateAsked, Depends(jso
     notes = await _keep(request, asked, entry, after_next_job=True)
     if asked.stream is False:
         job = await submit_and_wait(request, submission)
-        return Response(await _last(house, asked.model, job, notes=notes), media_type="application/json")
+        last = await _last(house, asked.model, job, notes=notes)
+        return Response(last, media_type="application/json", headers={"X-Backend": await backend_of(house, job)})
     house.readiness.check()
     job = await submit(request, submission)
-    return StreamingResponse(_lines(request, asked.model, job, notes=notes), media_type=NDJSON)
+    headers = {"X-Backend": await backend_of(house, job)}
+    return StreamingResponse(_lines(request, asked.model, job, notes=notes), media_type=NDJSON, headers=headers)
 
 
 async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> Submission:
@@ -237,6 +241,7 @@ async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> S
         seed=None if seed is None or seed < 0 else int(seed),
         image=image,
         safety_checker=_safety_checker(options.get("safety_checker")),
+        backend=backend_named(house_of(request), _backend(asked), model=asked.model),
     )
     return Submission(
         request=picture,
@@ -244,6 +249,14 @@ async def _submission(request: Request, asked: GenerateAsked, entry: Entry) -> S
         dialect=DIALECT.name,
         client=client_of(request),
     )
+
+
+def _backend(asked: GenerateAsked) -> str | None:
+    """What is to draw: an option, as clients send no other fields, or beside the model as in our other routes."""
+    named = asked.backend or (asked.options or {}).get("backend")
+    if named is not None and not isinstance(named, str):
+        raise InvalidValue("options.backend", "it is no name of a backend", hint="see /api/backends")
+    return named or None
 
 
 def _safety_checker(said: object) -> SafetyChecker | None:
@@ -351,6 +364,8 @@ async def _last(house: House, model: str, job: Job, *, notes: Sequence[str]) -> 
         "safety": job.outputs[0].safety,
         "job_id": job.id,
         "warnings": [*notes, *job.warnings],
+        "backend": await backend_of(house, job),
+        "cost_credits": job.cost_credits,
     }
     return await asyncio.to_thread(lambda: _line({**facts, "image": base64.b64encode(content).decode()}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import platform
 import shutil
 import signal
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from sdfleet.fleet.identity import Identity
     from sdfleet.fleet.keys import NKey
     from sdfleet.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _COUNT_WITHIN_S = 20.0
 BROKER_PORT = 4222
@@ -58,7 +61,7 @@ def node(
             console.run(_all(settings, gpus))
         else:
             first = _device_of(gpus[0] if gpus else "")
-            console.run(_serve(settings, identities[0], device=first))
+            console.serve(_serve(settings, identities[0], device=first))
 
 
 def _gpus(settings: Settings) -> list[str]:
@@ -172,6 +175,9 @@ async def _serve(settings: Settings, identity: Identity, *, device: str) -> None
 
     ending, is_here = _ending(), asyncio.Event()
     console.note(f"node {identity.node} serves {', '.join(identity.places[:2])}  (Ctrl-C ends it)")
+    # Either `uvloop` or asyncio's own.
+    kind = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    log.info("the node begins", extra={"node": identity.node, "event_loop": kind})
 
     async def work() -> None:
         async with compose.node(settings, Device(identity=identity, name=device)) as node:

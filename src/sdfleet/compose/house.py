@@ -13,6 +13,7 @@ from sdfleet.compose.language import shelf_of
 from sdfleet.compose.machine import standalone
 from sdfleet.errors import InUse
 from sdfleet.language.asking import Language
+from sdfleet.language.counting import Counted
 from sdfleet.language.shelf import Shelf
 from sdfleet.runtime import Runtime
 from sdfleet.settings import Settings
@@ -178,7 +179,7 @@ class Ground:
             readiness=readiness,
             metrics=self.metrics,
             signing_key=self.signing_key,
-            language=language,
+            language=Counted(language, self.metrics),
             fleet=fleet,
         )
 

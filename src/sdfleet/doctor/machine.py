@@ -14,6 +14,7 @@ from pathlib import Path
 from sdfleet import compose
 from sdfleet.backends.base import Capabilities
 from sdfleet.catalog.store import Catalog
+from sdfleet.doctor.upstreams import UpstreamProbe
 from sdfleet.settings import Settings
 
 # Importing torch takes 2 s, and was seen to take 30 on a busy machine with a cold disk.
@@ -112,6 +113,7 @@ class Machine:
     settings: Settings
     variables: Mapping[str, str]
     torch: TorchProbe = field(default_factory=TorchProbe)
+    upstreams: UpstreamProbe = field(default_factory=UpstreamProbe)
     search_path: tuple[str, ...] = field(default_factory=lambda: tuple(sys.path))
     python: tuple[int, int] = field(default_factory=lambda: (sys.version_info.major, sys.version_info.minor))
     proc: Path = Path("/proc")

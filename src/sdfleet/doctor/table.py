@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdfleet.doctor import backends, devices, files, hubs, installation, memory, models, serving
+from sdfleet.doctor import backends, devices, files, hubs, installation, language, memory, models, serving
 from sdfleet.doctor.entry import Entry
 from sdfleet.errors import UnknownName
 
@@ -17,6 +17,7 @@ GROUPS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
     ("Models", models.ENTRIES),
     ("Hubs: downloads, 401 and 403", hubs.ENTRIES),
     ("Other backends", backends.ENTRIES),
+    ("Text, embeddings and speech", language.ENTRIES),
 )
 ENTRIES: tuple[Entry, ...] = tuple(entry for _, entries in GROUPS for entry in entries)
 

@@ -29,12 +29,13 @@ Door = Literal[
     "/v1/completions",
     "/v1/embeddings",
     "/v1/audio/transcriptions",
+    "/v1/audio/translations",
 ]
 Capability = Literal["completion", "tools", "vision", "thinking", "insert", "embedding", "transcription"]
 
 # Having models come and go: what an Ollama can, and whoever asks has said yes to.
 MANAGING: frozenset[Door] = frozenset({"/api/pull", "/api/delete"})
-SPEECH: frozenset[Door] = frozenset({"/api/transcribe", "/v1/audio/transcriptions"})
+SPEECH: frozenset[Door] = frozenset({"/api/transcribe", "/v1/audio/transcriptions", "/v1/audio/translations"})
 EMBEDDING: frozenset[Door] = frozenset({"/api/embed", "/api/embeddings", "/v1/embeddings"})
 
 

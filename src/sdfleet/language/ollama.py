@@ -51,8 +51,11 @@ class OllamaEngine:
         if not ask.is_stream:
             yield await self.server.whole(ask.door, body, sound=ask.sound)
             return
-        made = events if ask.door.startswith("/v1/") else _lines
-        async with aclosing(made(self.server, ask.door, body)) as pieces:
+        is_events = ask.door.startswith("/v1/")
+        told = (
+            events(self.server, ask.door, body, sound=ask.sound) if is_events else _lines(self.server, ask.door, body)
+        )
+        async with aclosing(told) as pieces:
             async for piece in pieces:
                 yield piece
 

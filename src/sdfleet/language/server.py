@@ -37,6 +37,7 @@ MAX_FAULT_BYTES = 2**16
 MAX_LIST_BYTES = 2**23
 # One line of a stream: a picture in base64 would fit. What never ends must not fill the memory.
 MAX_LINE_BYTES = 2**25
+_SPEECH_PATHS = "/v1/audio/"
 
 
 class Server:
@@ -78,8 +79,11 @@ class Server:
         """The whole body of an answer, however long it takes. Raises UpstreamRefused, UpstreamFailed, Busy."""
         with self._faults():
             async with self._posted(path, body, sound) as answer:
-                await _check(answer)
-                return await _at_most(answer, MAX_LINE_BYTES * 8)
+                await _check_route(answer, path, body)
+                data = await _at_most(answer, MAX_LINE_BYTES * 8)
+        if path.startswith(_SPEECH_PATHS) and data.lstrip().startswith(b'{"error"'):
+            raise _no_route(path, body, _said(data))  # LM Studio says so with status 200
+        return data
 
     async def lines(
         self, path: str, body: Mapping[str, object], *, sound: Sound | None = None
@@ -87,7 +91,7 @@ class Server:
         """The lines of an answer that are not empty, as they come. Raises as `whole`."""
         with self._faults():
             async with self._posted(path, body, sound) as answer:
-                await _check(answer)
+                await _check_route(answer, path, body)
                 left = b""
                 async for data in answer.aiter_bytes():
                     *whole, left = (left + data).split(b"\n")
@@ -180,6 +184,23 @@ async def _check(answer: Any) -> None:
         if len(found) > MAX_FAULT_BYTES:
             break
     raise fault_of(answer.status_code, bytes(found[:MAX_FAULT_BYTES]))
+
+
+async def _check_route(answer: Any, path: str, body: Mapping[str, object]) -> None:
+    """As `_check`; a route of speech that is not there is told as that, as most servers do not have it."""
+    try:
+        await _check(answer)
+    except ModelNotFound as exc:
+        if not path.startswith(_SPEECH_PATHS):
+            raise
+        raise _no_route(path, body, exc.message) from exc
+
+
+def _no_route(path: str, body: Mapping[str, object], said: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"the server of {str(body.get('model', ''))[:80]} does not answer {path} for it: {said}",
+        hint="faster-whisper models of SD_SPEECH_MODELS do",
+    )
 
 
 def fault_of(status: int, body: bytes) -> SdfleetError:

@@ -55,9 +55,11 @@ class Transcript:
                 )
                 return ("WEBVTT\n\n" + "".join(cues)).encode()
             case "verbose_json":
+                is_english = self._ask.door == "/v1/audio/translations"
                 facts: dict[str, Any] = {
-                    "task": "transcribe",
-                    "language": self._info.get("language", ""),
+                    "task": "translate" if is_english else "transcribe",
+                    # Of the text; OpenAI spells it so here.
+                    "language": "english" if is_english else self._info.get("language", ""),
                     "duration": self._info.get("duration", 0.0),
                     "text": text,
                     "segments": self._segments,

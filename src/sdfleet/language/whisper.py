@@ -193,6 +193,8 @@ def _found(folder: Path) -> dict[str, tuple[Path, int]]:
 def _options(ask: Ask) -> dict[str, object]:
     """What a form says, as faster-whisper's words. Raises InvalidValue."""
     asked, options = ask.body, dict[str, object]()
+    if ask.door == "/v1/audio/translations":
+        options["task"] = "translate"
     if asked.get("language"):
         options["language"] = str(asked["language"])
     if asked.get("prompt"):

@@ -73,6 +73,10 @@ def _written_down(
     import av
     from faster_whisper.audio import decode_audio
 
+    if options.get("task") == "translate" and not model.model.is_multilingual:
+        why = "the model knows English only, so it cannot translate into it"
+        yield _fault("unsupported_by_model", why, "take one whose name does not end in .en")
+        return
     try:
         with av.open(io.BytesIO(sound), "r") as container:
             hours = (container.duration or 0) / av.time_base / 3600
@@ -106,8 +110,8 @@ def _written_down(
         yield {"done": {"language": info.language, "duration": round(info.duration, 3)}}
 
 
-def _fault(code: str, message: str) -> dict[str, object]:
-    return {"error": {"code": code, "message": message, "hint": ""}}
+def _fault(code: str, message: str, hint: str = "") -> dict[str, object]:
+    return {"error": {"code": code, "message": message, "hint": hint}}
 
 
 if __name__ == "__main__":
