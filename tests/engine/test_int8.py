@@ -42,6 +42,7 @@ def draw(engine: Engine, folder: Path) -> tuple[Any, JobDone]:
     return pictures(events)["job", 0], next(event for event in events if isinstance(event, JobDone))
 
 
+@pytest.mark.slow
 def test_8_bits_are_taken_after_the_trial_and_told(
     checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
