@@ -31,12 +31,12 @@ from sdfleet.fleet.bus_nats import Credentials, NatsBus, connect
 from sdfleet.fleet.catalog import FleetCatalog
 from sdfleet.fleet.chooser import PlacedByFleet
 from sdfleet.fleet.members import Settled
-from sdfleet.fleet.messages import inbox_of
 from sdfleet.fleet.node import Node, NodeOptions
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
 from sdfleet.fleet.spool import Spool
 from sdfleet.fleet.stock import Stock
+from sdfleet.fleet.subjects import inbox_of
 from sdfleet.fleet.transport_nats import open_transport
 from sdfleet.jobs.queue import FairQueue
 from sdfleet.runtime import Runtime

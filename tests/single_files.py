@@ -14,14 +14,13 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import tiny
+from tests import tiny, toys
 
 State = dict[str, Tensor]
-CLIP_L, CLIP_G, T5 = 64, 128, tiny.T5_WIDTH
+CLIP_L, CLIP_G, T5 = 64, 128, toys.T5_WIDTH
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -277,35 +276,24 @@ def _weights(folder: Path, component: str) -> State:
 
 
 def _sd(*, linear: bool, in_channels: int = 4) -> Any:
-    tokenizer = tiny._clip_tokenizer(pad_token="!" if linear else "<|endoftext|>")
-    unet = _unet((64, 128) if linear else (32, 64), CLIP_L, in_channels=in_channels, linear=linear)
-    cls = diffusers.StableDiffusionInpaintPipeline if in_channels == 9 else diffusers.StableDiffusionPipeline
-    return cls(
-        vae=_vae(4, scaling_factor=0.18215),
-        unet=unet,
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, CLIP_L, act="gelu" if linear else "quick_gelu"),
-        scheduler=diffusers.DDIMScheduler(
-            **tiny.SD_BETAS,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type="v_prediction" if linear else "epsilon",
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    tokenizer = toys.clip_tokenizer(pad_token="!" if linear else "<|endoftext|>")
+    parts = tiny.sd_parts(
+        _unet((64, 128) if linear else (32, 64), CLIP_L, in_channels=in_channels, linear=linear),
+        tokenizer,
+        prediction_type="v_prediction" if linear else "epsilon",
     )
+    parts |= {"vae": _vae(4), "text_encoder": _clip(tokenizer, hidden_act="gelu" if linear else "quick_gelu")}
+    inpaints = in_channels == 9
+    return (diffusers.StableDiffusionInpaintPipeline if inpaints else diffusers.StableDiffusionPipeline)(**parts)
 
 
 def _sdxl(*, in_channels: int = 4, is_refiner: bool = False) -> Any:
-    first, second = tiny._clip_tokenizer(), tiny._clip_tokenizer(pad_token="!")
-    context = CLIP_G if is_refiner else CLIP_L + CLIP_G
-    parts = {
+    parts = tiny.sdxl_parts(in_channels=in_channels)
+    parts |= {
         "vae": _vae(4, scaling_factor=0.13025),
         "unet": _unet(
             (64, 128),
-            context,
+            CLIP_G if is_refiner else CLIP_L + CLIP_G,
             in_channels=in_channels,
             linear=True,
             addition_embed_type="text_time",
@@ -313,23 +301,18 @@ def _sdxl(*, in_channels: int = 4, is_refiner: bool = False) -> Any:
             transformer_layers_per_block=(1, 2),
             projection_class_embeddings_input_dim=(5 if is_refiner else 6) * 256 + CLIP_G,
         ),
-        "tokenizer": None if is_refiner else first,
-        "tokenizer_2": second,
-        "text_encoder": None if is_refiner else _clip(first, CLIP_L, act="quick_gelu"),
-        "text_encoder_2": _clip(second, CLIP_G, act="gelu", is_projected=True),
-        "scheduler": diffusers.EulerDiscreteScheduler(**tiny.SD_BETAS, steps_offset=1, timestep_spacing="leading"),
+        "text_encoder": _clip(parts["tokenizer"]),
+        "text_encoder_2": _clip(parts["tokenizer_2"], CLIP_G, has_projection=True),
     }
     if is_refiner:
-        return diffusers.StableDiffusionXLImg2ImgPipeline(
-            **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
-        )
+        return tiny.refiner(parts)
     inpaints = in_channels == 9
     cls = diffusers.StableDiffusionXLInpaintPipeline if inpaints else diffusers.StableDiffusionXLPipeline
     return cls(**parts)
 
 
 def _sd3(**of_transformer: Any) -> Any:
-    first, second, third = tiny._clip_tokenizer(), tiny._clip_tokenizer(pad_token="!"), tiny._t5_tokenizer()
+    parts = tiny.sd3_parts()
     torch.manual_seed(3)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
@@ -345,24 +328,20 @@ def _sd3(**of_transformer: Any) -> Any:
         pos_embed_max_size=24,
         **of_transformer,
     ).eval()
-    clip_l = _clip(first, CLIP_L, act="quick_gelu", is_projected=True)
+    clip_l = _clip(parts["tokenizer"], has_projection=True, hidden_act="quick_gelu")
     with torch.no_grad():
         clip_l.text_projection.weight.copy_(torch.eye(CLIP_L))
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=tiny._louder(transformer, 2.0),
-        vae=_vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=first,
-        text_encoder=clip_l,
-        tokenizer_2=second,
-        text_encoder_2=_clip(second, CLIP_L, act="gelu", is_projected=True, seed=2),
-        tokenizer_3=third,
-        text_encoder_3=tiny._t5(third),
-    )
+    parts |= {
+        "transformer": toys.louder(transformer, 2.0),
+        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305),
+        "text_encoder": clip_l,
+        "text_encoder_2": _clip(parts["tokenizer_2"], has_projection=True, seed=2),
+    }
+    return diffusers.StableDiffusion3Pipeline(**parts)
 
 
 def _flux(*, has_guidance: bool = True, beside: int = 0) -> Any:
-    tokenizer, t5_tokenizer = tiny._clip_tokenizer(), tiny._t5_tokenizer()
+    parts = tiny.flux_parts(has_guidance=has_guidance, beside=beside)
     torch.manual_seed(8)
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=4 * (16 + beside),
@@ -375,73 +354,39 @@ def _flux(*, has_guidance: bool = True, beside: int = 0) -> Any:
         pooled_projection_dim=CLIP_L,
         guidance_embeds=has_guidance,
     ).eval()
-    cls = diffusers.FluxFillPipeline if beside else diffusers.FluxPipeline
-    return cls(
-        transformer=tiny._louder(transformer, 2.0),
-        vae=_vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=has_guidance, shift=3.0 if has_guidance else 1.0
-        ),
-        tokenizer=tokenizer,
-        text_encoder=_clip(tokenizer, CLIP_L, act="quick_gelu"),
-        tokenizer_2=t5_tokenizer,
-        text_encoder_2=tiny._t5(t5_tokenizer),
-    )
+    parts |= {
+        "transformer": toys.louder(transformer, 2.0),
+        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
+        "text_encoder": _clip(parts["tokenizer"]),
+    }
+    return (diffusers.FluxFillPipeline if beside else diffusers.FluxPipeline)(**parts)
 
 
-def _unet(widths: tuple[int, int], context: int, *, in_channels: int, linear: bool, **more: Any) -> Any:
-    torch.manual_seed(6)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=tiny.SIDE_PX // 8,
+def _unet(widths: tuple[int, int], context: int, *, in_channels: int, linear: bool, **config: Any) -> Any:
+    if not linear:
+        config |= {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+    heads = tuple(width // 64 for width in widths) if linear else 8
+    return toys.unet(
+        context,
         in_channels=in_channels,
-        out_channels=4,
-        layers_per_block=1,
+        linear=linear,
         norm_num_groups=32,
         block_out_channels=widths,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D") if linear else ("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D") if linear else ("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=context,
-        attention_head_dim=tuple(width // 64 for width in widths) if linear else 8,
-        use_linear_projection=linear,
-        **more,
-    ).eval()
-    return tiny._louder(unet, 2.0)
-
-
-def _vae(latent_channels: int, **more: Any) -> Any:
-    torch.manual_seed(5)
-    return diffusers.AutoencoderKL(
-        latent_channels=latent_channels,
-        layers_per_block=1,
-        norm_num_groups=32,
-        sample_size=tiny.SIDE_PX,
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        **more,
-    ).eval()
-
-
-def _clip(tokenizer: Any, width: int, *, act: str, is_projected: bool = False, seed: int = 1) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_attention_heads=width // 64,
-        num_hidden_layers=3,
-        max_position_embeddings=77,
-        hidden_act=act,
-        projection_dim=width,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
+        attention_head_dim=heads,
+        **config,
     )
-    cls = transformers.CLIPTextModelWithProjection if is_projected else transformers.CLIPTextModel
-    module = tiny._louder(cls(config), 3.0).eval()
-    with torch.no_grad():
-        (module.text_model if is_projected else module).final_layer_norm.bias.add_(0.1)
-    return module
+
+
+def _vae(latent_channels: int, **config: Any) -> Any:
+    return toys.vae(latent_channels, norm_num_groups=32, block_out_channels=(32, 32, 64, 64), **config)
+
+
+def _clip(tokenizer: Any, width: int = CLIP_L, **config: Any) -> Any:
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    return toys.clip(tokenizer, width, num_attention_heads=width // 64, **ids | config)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {

@@ -251,6 +251,7 @@ def _texts() -> Iterator[Path]:
     """Every text file of the project that could be committed."""
     places = [ROOT / name for name in ("src", "tests", "docs", "benchmarks", ".ci")]
     kinds = {".py", ".md", ".toml", ".txt", ".json", ".cfg", ".ini", ".sh", ".css", ".js", ".html", ""}
+    not_ours = {"__pycache__", ".git"}  # the second is a file in a worktree
     for path in [*ROOT.glob("*"), *(path for place in places for path in place.rglob("*"))]:
-        if path.is_file() and path.suffix in kinds and "__pycache__" not in path.parts:
+        if path.is_file() and path.suffix in kinds and not_ours.isdisjoint(path.relative_to(ROOT).parts):
             yield path

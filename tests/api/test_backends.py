@@ -37,7 +37,9 @@ def bfl(bfl_served: BflServer) -> BflServer:
 
 @pytest.fixture(scope="module")
 def ollama() -> Iterator[OllamaServer]:
-    with serving(OllamaServer()) as server:
+    """It is looked at once; on a busy machine its answer may take longer than a person would wait for it."""
+    with pytest.MonkeyPatch.context() as patch, serving(OllamaServer()) as server:
+        patch.setattr("sdfleet.backends.ollama_images.LOOK_WITHIN_S", 60.0)
         yield server
 
 
@@ -61,6 +63,7 @@ def post(here: Running, path: str, body: dict[str, Any], **headers: str) -> http
 
 
 def sdk(here: Running) -> openai.OpenAI:
+    """To be used in a `with`: its connections are closed by nobody else."""
     return openai.OpenAI(base_url=f"{here.url}/v1", api_key="none")
 
 
@@ -90,7 +93,8 @@ def test_every_dialect_that_can_name_a_backend_does(here: Running, bfl: BflServe
     generate = post(here, "/generate", {"prompt": "a fox", "backend": "flux-api", "model": "flux-pro-1.1", **size})
     assert generate.json()["backend"] == "flux-api"
     extra = {"backend": "flux-api", "seed": 7}
-    images = sdk(here).images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)
+    with sdk(here) as client:
+        images = client.images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)
     assert images.model_extra is not None
     assert (images.model_extra["backend"], images.model_extra["cost_credits"]) == ("flux-api", 4.0)
     job = post(here, "/api/jobs", ASKED).json()
@@ -147,7 +151,8 @@ def test_a_default_backend_draws_what_names_neither_it_nor_a_model_and_nothing_b
     answer = post(one, "/api/txt2img", {"prompt": "a fox"}).json()
     assert (answer["backend"], answer["model"]) == ("flux-api", "flux-pro-1.1")
     assert post(one, "/api/txt2img", {"prompt": "a fox", "model": "starter", "steps": 1}).json()["backend"] == "sd"
-    assert sdk(one).images.generate(prompt="a fox").model_extra["backend"] == "flux-api"  # type: ignore[index]
+    with sdk(one) as client:
+        assert client.images.generate(prompt="a fox").model_extra["backend"] == "flux-api"  # type: ignore[index]
     assert len(bfl.tasks) == 2
     backends = {each["id"]: each for each in httpx2.get(f"{one.url}/api/backends").json()}
     assert [name for name, each in backends.items() if each["default"]] == ["flux-api"]
@@ -171,7 +176,8 @@ def test_every_list_of_models_has_those_of_the_others_with_their_backend(here: R
     cards = {each["name"]: each for each in httpx2.get(f"{here.url}/api/models/cards").json()["here"]}
     assert (cards["flux-dev"]["max_side"], cards["flux-dev"]["multiple"]) == (1440, 32)
     assert "negative_prompt" in cards["flux-pro-1.1"]["ignores"]
-    assert "flux-pro-1.1" in {each.id for each in sdk(here).models.list()}
+    with sdk(here) as client:
+        assert "flux-pro-1.1" in {each.id for each in client.models.list()}
     assert "flux-pro-1.1" in {each["name"] for each in httpx2.get(f"{here.url}/api/tags").json()["models"]}
     shown = post(here, "/api/show", {"model": "flux-pro-1.1"}).json()
     assert shown["capabilities"] == ["image"]
@@ -199,8 +205,8 @@ def test_what_is_not_set_up_says_what_to_do_in_the_callers_dialect(fake_server: 
         for path in ("/api/txt2img", "/generate", "/api/generate-image"):
             answer = post(fake_server, path, {"prompt": "x", "model": "starter", "backend": name})
             assert (answer.status_code, cure in answer.text) == (503, True), answer.text
-        with pytest.raises(openai.InternalServerError, match=cure) as caught:
-            sdk(fake_server).images.generate(prompt="x", extra_body={"backend": name})
+        with sdk(fake_server) as client, pytest.raises(openai.InternalServerError, match=cure) as caught:
+            client.images.generate(prompt="x", extra_body={"backend": name})
         assert caught.value.response.headers["x-should-retry"] == "false"
     unknown = post(fake_server, "/api/txt2img", {"prompt": "x", "backend": "dall-e"})
     assert (unknown.status_code, unknown.json()["field"]) == (400, "backend")
@@ -230,8 +236,8 @@ def test_openais_sdk_raises_the_right_class_and_does_not_pay_again(
 ) -> None:
     (bfl.submits if where == "submit" else bfl.statuses).append(what)
     extra = {"backend": "flux-api"}
-    with pytest.raises(kind) as caught:
-        sdk(here).images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)
+    with sdk(here) as client, pytest.raises(kind) as caught:
+        client.images.generate(prompt="a fox", model="flux-pro-1.1", size="512x256", extra_body=extra)
     assert (caught.value.code, caught.value.response.headers.get("x-should-retry")) == (code, retry)
     assert bfl.n_asked["submit"] == 1
 

@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from sdfleet.backends.local import LocalBackend
 from sdfleet.backends.pool import EnginePool
-from sdfleet.domain import Drawing, JobId
+from sdfleet.domain import Drawing, JobId, Picture
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.guests import launch
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parents[1] / "src"
+# What is drawn over, and a mask that is all of it.
+GREY = Picture(width_px=64, height_px=48, mode="RGB", data=bytes(64 * 48 * 3))
+WHITE = Picture(width_px=64, height_px=48, mode="L", data=b"\xff" * (64 * 48))
 
 _numbers = itertools.count(1)
 

@@ -8,14 +8,12 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from sdfleet.backends.ollama_images import OllamaImages, check
-from sdfleet.domain import ImageRequest, Picture, Progress
+from sdfleet.domain import ImageRequest, Progress
 from sdfleet.errors import BackendFailed, BackendUnavailable, Busy, InvalidValue, JobCancelled, UnsupportedByModel
-from tests.backends.drawings import drawing
+from tests.backends.drawings import GREY, WHITE, drawing
 from tests.backends.ollama_server import TEXT_MODEL, OllamaServer
 from tests.backends.stand_in import ENDLESS, serving
 
-GREY = Picture(width_px=64, height_px=48, mode="RGB", data=bytes(64 * 48 * 3))
-WHITE = Picture(width_px=64, height_px=48, mode="L", data=b"\xff" * (64 * 48))
 HERE = "elsewhere/ollama/z-image-turbo"
 
 

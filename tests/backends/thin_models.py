@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 
-from tests import tiny
+from tests import tiny, toys
 
 _BLOCKS: dict[str, Any] = {
     # It has shortcuts where the published model changes width: between the first three levels, not into the last.
@@ -31,7 +31,7 @@ _CONTEXT_WIDTH = 4096
 
 def build_zimage() -> Any:
     """Z-Image with two layers."""
-    tokenizer = tiny.build_zimage().tokenizer
+    tokenizer = toys.qwen_tokenizer()
     torch.manual_seed(20)
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),
@@ -68,7 +68,7 @@ def build_zimage() -> Any:
 
 def build_klein() -> Any:
     """FLUX.2 klein with one layer of each kind; its text encoder needs 28, of which three are read."""
-    tokenizer = tiny.build_zimage().tokenizer
+    tokenizer = toys.qwen_tokenizer()
     torch.manual_seed(21)
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,

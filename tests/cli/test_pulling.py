@@ -43,6 +43,7 @@ def test_a_plan_says_bytes_disk_licence_and_gate_and_downloads_nothing(run: Run,
     assert pictures_in(home) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hub")
 def test_a_plan_says_the_memory_of_each_mode_and_format(run: Run) -> None:
     memory = run("models", "plan", "sd15", "--json").json["memory"]

@@ -15,7 +15,7 @@ from sdfleet.domain import Drawing, JobId, Picture
 from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import EngineOptions, Event, JobFailed, PictureDone
 from sdfleet.engine.sampler_names import parse_sampler
-from tests import tiny
+from tests import tiny, toys
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -48,8 +48,8 @@ def drawing(name: str, folder: Path, *, job: str = "job", **changes: Any) -> Dra
         "family": FAMILY_OF[name],
         "prompt": "a cat on the moon",
         "negative_prompt": "blurry",
-        "width_px": tiny.SIDE_PX,
-        "height_px": tiny.SIDE_PX,
+        "width_px": toys.SIDE_PX,
+        "height_px": toys.SIDE_PX,
         "steps": 4,
         "guidance": 5.0,
         "seed": 7,
@@ -59,14 +59,14 @@ def drawing(name: str, folder: Path, *, job: str = "job", **changes: Any) -> Dra
     return Drawing(**{**fields, **changes})
 
 
-def photo(side_px: int = tiny.SIDE_PX) -> Picture:
+def photo(side_px: int = toys.SIDE_PX) -> Picture:
     """An input picture with a ramp in every channel."""
     y, x = np.mgrid[0:side_px, 0:side_px] * 255 // (side_px - 1)
     pixels = np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)
     return Picture(width_px=side_px, height_px=side_px, mode="RGB", data=pixels.tobytes())
 
 
-def square_mask(side_px: int = tiny.SIDE_PX) -> Picture:
+def square_mask(side_px: int = toys.SIDE_PX) -> Picture:
     """White in the middle, black around."""
     pixels = np.zeros((side_px, side_px), np.uint8)
     pixels[side_px // 4 : side_px * 3 // 4, side_px // 4 : side_px * 3 // 4] = 255

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sdfleet.domain import Drawing
 from sdfleet.engine import executors
@@ -18,33 +16,15 @@ from sdfleet.engine.components import ComponentName, Components
 from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import EngineOptions
 from sdfleet.engine.openvino_cache import Conversion, ConversionFailed, ModelCache
-from sdfleet.engine.openvino_convert import MODEL_FILE, convert
+from sdfleet.engine.openvino_convert import MODEL_FILE
 from sdfleet.engine.openvino_denoiser import OpenVinoDenoiser
 from sdfleet.errors import InvalidValue
+from tests.engine.conversions import InThisProcess, converting_here, executor_of, fake_seconds
 from tests.engine.drawing import FLOAT32, Pixels, drawing, most_levels_apart, ours, pictures, run
 
 pytest.importorskip("openvino")
 
 Checkpoints = Callable[[str], Path]
-DENOISER: dict[str, ComponentName] = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer"}
-
-
-class InThisProcess:
-    """A conversion without the seconds that another process takes to import everything."""
-
-    has_ended = True
-
-    def __init__(self, checkpoint: Path, component: str, target: Path) -> None:
-        self._convert = (checkpoint, component, target)
-
-    def result(self) -> Path:
-        checkpoint, component, target = self._convert
-        target.mkdir(parents=True)
-        convert(checkpoint, component, target)
-        return target / MODEL_FILE
-
-    def cancel(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +34,12 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def converted(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Components converted during the test. What was measured is forgotten after it, what was converted is kept."""
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
-    begun: list[str] = []
-
-    def here(self: ModelCache, checkpoint: Path, component: str, key: str, **_how: bool) -> InThisProcess:
-        begun.append(component)
-        return InThisProcess(checkpoint, component, self._root() / key)
-
-    monkeypatch.setattr(ModelCache, "convert", here)
-    yield begun
-    for note in cache_folder.glob("*/trial-*"):
-        note.unlink()
+    with converting_here(cache_folder, monkeypatch) as begun:
+        yield begun
 
 
 def options(cache_folder: Path, **changes: Any) -> EngineOptions:
     return replace(FLOAT32, cache_folder=str(cache_folder), **changes)
-
-
-def executor_of(engine: Engine) -> Any:
-    (facts,) = engine.facts()["executors"].values()  # type: ignore[attr-defined]
-    return facts
 
 
 def company(name: str, folder: Path) -> list[Drawing]:
@@ -97,17 +62,6 @@ def drawn_alone_and_together(drawings: list[Drawing], chosen: EngineOptions) -> 
         return [*drawn, *(together[one.job_id, 0] for one in drawings)], executor_of(engine)["executor"]
     finally:
         engine.close()
-
-
-def fake_seconds(monkeypatch: pytest.MonkeyPatch, *, by_torch: float, by_openvino: float, error: float = 0.0) -> None:
-    real = executors.timed_call
-
-    def timed(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, torch.Tensor]:
-        _, answer = real(network, args, kwargs)
-        is_openvino = isinstance(network, OpenVinoDenoiser)
-        return (by_openvino if is_openvino else by_torch), answer * (1 + error * is_openvino)
-
-    monkeypatch.setattr(executors, "timed_call", timed)
 
 
 def draw(engine: Engine, one: Drawing) -> Pixels:
@@ -156,7 +110,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_bfloat16(checkpoints: Checkpoi
 def test_the_faster_executor_stays(
     openvino_s: float, winner: str, checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=openvino_s)
+    fake_seconds(monkeypatch, openvino=openvino_s)
     folder = checkpoints("sd15")
     engine = Engine(options(cache_folder))
     first = draw(engine, drawing("sd15", folder))
@@ -173,7 +127,7 @@ def test_the_faster_executor_stays(
 def test_a_faster_executor_with_other_answers_is_not_taken(
     checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01, error=0.01)
+    fake_seconds(monkeypatch, openvino=0.01, spoilt={"openvino": 0.01})
     engine = Engine(options(cache_folder))
     draw(engine, drawing("sd15", checkpoints("sd15")))
     facts = executor_of(engine)
@@ -186,7 +140,7 @@ def test_a_faster_executor_with_other_answers_is_not_taken(
 def test_the_batcher_learns_anew_after_a_change(
     checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
+    fake_seconds(monkeypatch, openvino=0.01)
     engine = Engine(options(cache_folder))
     draw(engine, drawing("sd15", checkpoints("sd15")))
 
@@ -198,7 +152,7 @@ def test_nothing_is_tried_while_something_is_drawn(
     checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that all pictures of a job, and a reproducible one above all, come from one executor."""
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
+    fake_seconds(monkeypatch, openvino=0.01)
     folder = checkpoints("sd15")
     engine = Engine(options(cache_folder))
     engine.submit(drawing("sd15", folder, steps=8, n_images=2, reproducible=True))
@@ -215,7 +169,7 @@ def test_nothing_is_tried_while_something_is_drawn(
 def test_the_next_start_takes_over_in_the_first_pause_without_conversion_or_trial(
     checkpoints: Checkpoints, cache_folder: Path, converted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
+    fake_seconds(monkeypatch, openvino=0.01)
     one = drawing("sd15", checkpoints("sd15"))
     ours(one, options=options(cache_folder))
     converted.clear()
@@ -234,7 +188,7 @@ def test_the_next_start_takes_over_in_the_first_pause_without_conversion_or_tria
 def test_a_checkpoint_that_comes_back_is_opened_with_what_was_chosen(
     checkpoints: Checkpoints, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_seconds(monkeypatch, by_torch=0.1, by_openvino=0.01)
+    fake_seconds(monkeypatch, openvino=0.01)
     one = drawing("sd15", checkpoints("sd15"))
     engine = Engine(options(cache_folder))
     draw(engine, one)

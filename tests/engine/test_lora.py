@@ -23,7 +23,7 @@ from sdfleet.engine.engine import Engine
 from sdfleet.engine.events import EngineOptions, JobDone, JobFailed
 from sdfleet.engine.lora import Loras
 from sdfleet.errors import UnsupportedByModel
-from tests import loras, tiny
+from tests import loras, tiny, toys
 from tests.engine.drawing import FLOAT32, drawing, most_levels_apart, ours, pictures, run, theirs
 
 Checkpoints = Callable[[str], Path]
@@ -402,7 +402,7 @@ def test_what_was_compiled_without_a_lora_is_not_used_with_one(
     def answer(*used: Lora) -> Tensor:
         with torch.inference_mode(), one.on_denoiser(used, "unet"):
             told: Tensor = unet(
-                torch.ones(1, 4, 8, 8), torch.tensor([500.0]), torch.ones(1, 77, tiny.CLIP_L_WIDTH), return_dict=False
+                torch.ones(1, 4, 8, 8), torch.tensor([500.0]), torch.ones(1, 77, toys.CLIP_L_WIDTH), return_dict=False
             )[0]
             return told
 

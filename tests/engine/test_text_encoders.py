@@ -24,7 +24,7 @@ from sdfleet.engine.conditioning import (
 from sdfleet.engine.prompt import Prompt, parse_prompt
 from sdfleet.engine.text_encoders import ClipEncoder, T5Encoder, encode_clip, encode_t5, t5_length
 from sdfleet.errors import InvalidValue
-from tests import tiny
+from tests import tiny, toys
 
 Checkpoints = Callable[[str], Path]
 
@@ -46,7 +46,7 @@ class Encoders(NamedTuple):
         clip_l, clip_g = self.clips
         if self.pipe.components.get("transformer") is None:
             return sdxl_conditioning(prompt, clip_l=clip_l, clip_g=clip_g, room=room)
-        return sd3_conditioning(prompt, clip_l=clip_l, clip_g=clip_g, t5=self.t5, width=tiny.T5_WIDTH, room=room)
+        return sd3_conditioning(prompt, clip_l=clip_l, clip_g=clip_g, t5=self.t5, width=toys.T5_WIDTH, room=room)
 
     def theirs(self, prompt: str, negative: str | None) -> tuple[Tensor | None, ...]:
         """Positive states, negative states, positive pooled, negative pooled, each for a batch of one."""
@@ -143,7 +143,7 @@ def test_empty_sdxl_negative_is_zero_exactly_where_the_pipeline_makes_it_zero(
 
 def test_sd3_without_t5_has_zeros_in_its_place(encoders: Callable[[str], Encoders]) -> None:
     ours = encoders("sd3-no-t5").join(PLAIN)
-    assert ours.states.shape == (77 + 256, tiny.T5_WIDTH)
+    assert ours.states.shape == (77 + 256, toys.T5_WIDTH)
     assert not ours.states[77:].any()
     assert [count.encoder for count in ours.tokens] == ["clip_l", "clip_g"]
 
@@ -151,7 +151,7 @@ def test_sd3_without_t5_has_zeros_in_its_place(encoders: Callable[[str], Encoder
 def test_skipping_t5_changes_only_its_part(encoders: Callable[[str], Encoders]) -> None:
     made = encoders("sd3")
     clip_l, clip_g = made.clips
-    skipped = sd3_conditioning(PLAIN, clip_l=clip_l, clip_g=clip_g, t5=None, width=tiny.T5_WIDTH)
+    skipped = sd3_conditioning(PLAIN, clip_l=clip_l, clip_g=clip_g, t5=None, width=toys.T5_WIDTH)
     assert torch.equal(skipped.states[:77], made.join(PLAIN).states[:77])
     assert not skipped.states[77:].any()
 
@@ -172,7 +172,7 @@ def test_long_prompt_takes_as_many_windows_as_it_needs(sd15: ClipEncoder) -> Non
     tokens = sd15.tokenizer(LONG, add_special_tokens=False, verbose=False).input_ids
     assert counted.n_tokens == len(tokens) > 75
     assert counted.n_chunks >= 2
-    assert states.shape == (counted.n_chunks * 77, tiny.CLIP_L_WIDTH)
+    assert states.shape == (counted.n_chunks * 77, toys.CLIP_L_WIDTH)
 
 
 def test_every_token_of_a_long_prompt_reaches_the_encoder_in_order(sd15: ClipEncoder) -> None:
@@ -301,7 +301,7 @@ def test_longer_t5_prompt_is_given_more_room_in_steps(t5: T5Encoder) -> None:
     assert t5_length(t5.tokenizer, parse_prompt("castle " * 255)) == 256
     assert t5_length(t5.tokenizer, parse_prompt("castle " * 256)) == 320
     states, counted = encode_t5(t5, words)
-    assert states.shape == (320, tiny.T5_WIDTH)
+    assert states.shape == (320, toys.T5_WIDTH)
     assert (counted.n_tokens, counted.n_chunks) == (300, 1)
 
 

@@ -13,7 +13,7 @@ import torch
 from sdfleet.domain import AdapterFile, JobId
 from sdfleet.engine.prompt import parse_prompt, split_into_chunks
 from sdfleet.engine.textual_inversion import Words
-from tests import loras, tiny
+from tests import loras, tiny, toys
 from tests.engine.drawing import drawing, most_levels_apart, ours
 
 Checkpoints = Callable[[str], Path]
@@ -55,7 +55,7 @@ def test_the_states_are_those_of_diffusers_with_the_embedding_loaded(
     key: str, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     folder = checkpoints("sd15")
-    vectors = torch.randn(2, tiny.CLIP_L_WIDTH, generator=torch.Generator().manual_seed(1))
+    vectors = torch.randn(2, toys.CLIP_L_WIDTH, generator=torch.Generator().manual_seed(1))
     file = _embedding(tmp_path / "e.safetensors", "<ink>", {key: vectors})
     pipe = tiny.load(folder)
     pipe.load_textual_inversion({"<ink>": vectors}, token="<ink>")

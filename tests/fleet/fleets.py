@@ -21,8 +21,8 @@ from sdfleet.fleet.catalog import FleetCatalog
 from sdfleet.fleet.chooser import PlacedByFleet
 from sdfleet.fleet.entries import pack_entry, unpack_entry
 from sdfleet.fleet.members import Settled
-from sdfleet.fleet.messages import BrokenMessage
 from sdfleet.fleet.node import Node, NodeOptions
+from sdfleet.fleet.packing import BrokenMessage
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
 from sdfleet.fleet.speaking import Speaker

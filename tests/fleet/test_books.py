@@ -11,7 +11,7 @@ import pytest
 from sdfleet.domain import Caller, Idempotency, ImageRequest, Job, JobId, Picture, Submission, Webhook
 from sdfleet.fleet.books import Books
 from sdfleet.fleet.entries import pack_entry, unpack_entry
-from sdfleet.fleet.messages import BrokenMessage
+from sdfleet.fleet.packing import BrokenMessage
 from sdfleet.fleet.transport import Entry
 from sdfleet.fleet.transport_memory import MemoryBroker, MemoryLedger
 from tests.fleet import virtual_time

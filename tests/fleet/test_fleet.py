@@ -6,45 +6,14 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sdfleet.domain import Drawing, ImageRequest, JobId, Picture, Submission
 from sdfleet.errors import EngineDied, JobCancelled, SdfleetError
-from tests.fleet import virtual_time
 from tests.fleet.fleets import FleetInTest, RouterInTest, fleet_of
-
-Story = Callable[[], Coroutine[Any, Any, None]]
-
-
-def play(story: Story, *, within_s: float = 3600.0) -> None:
-    """Run a story; `within_s` of the clock that jumps."""
-
-    async def main() -> None:
-        async with asyncio.timeout(within_s):
-            await story()
-
-    virtual_time.run(main())
-
-
-async def _empty(fleet: FleetInTest) -> None:
-    """Return when the ledger and all spools are empty: nobody waits for anything."""
-    async with asyncio.timeout(120):
-        while fleet.broker.written or any(list((node.home / "spool").iterdir()) for node in fleet.nodes.values()):  # noqa: ASYNC110
-            await asyncio.sleep(0.5)
-
-
-async def _begun(fleet: FleetInTest, *jobs: JobId) -> str:
-    """The node that has begun the last of these jobs, when all are begun."""
-    async with asyncio.timeout(60):
-        while True:
-            at = {job: name for name, node in fleet.nodes.items() for job in node.drawn}
-            if all(job in at for job in jobs):
-                return at[jobs[-1]]
-            await asyncio.sleep(0.02)
+from tests.fleet.playing import begun, emptied, play
 
 
 def test_a_job_goes_to_a_node_and_its_picture_comes_back(tmp_path: Path) -> None:
@@ -54,7 +23,7 @@ def test_a_job_goes_to_a_node_and_its_picture_comes_back(tmp_path: Path) -> None
             done = await router.desk.wait(job.id, deadline_s=60)
             assert (done.state, done.node, done.attempts) == ("done", "n1", 1)
             assert len(await router.pixels(done)) == 1
-            await _empty(fleet)
+            await emptied(fleet)
             assert fleet.nodes["n1"].drawn == [job.id]
 
     play(story)
@@ -133,7 +102,7 @@ def test_a_killed_node_s_jobs_move_and_are_the_same_pictures(tmp_path: Path) -> 
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.5, n2=0.5) as fleet, fleet.router() as router:
             jobs = [await router.submit(steps=20, seed=i) for i in range(4)]
-            at = await _begun(fleet, jobs[0].id)
+            at = await begun(fleet, jobs[0].id)
             await asyncio.sleep(2)
             await fleet.nodes[at].kill()
             done = [await router.desk.wait(job.id) for job in jobs]
@@ -152,7 +121,7 @@ def test_a_node_that_starts_again_quickly_is_given_its_job_again(tmp_path: Path)
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.5) as fleet, fleet.router() as router:
             job = await router.submit(steps=20)
-            await _begun(fleet, job.id)
+            await begun(fleet, job.id)
             await fleet.nodes["n1"].kill()
             await fleet.nodes["n1"].start()
             begun_s = asyncio.get_running_loop().time()
@@ -168,7 +137,7 @@ def test_a_short_cut_of_the_network_costs_no_execution(tmp_path: Path) -> None:
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.5, n2=0.5) as fleet, fleet.router() as router:
             job = await router.submit(steps=40)
-            at = await _begun(fleet, job.id)
+            at = await begun(fleet, job.id)
             await asyncio.sleep(3)
             fleet.nodes[at].cut()
             await asyncio.sleep(12)
@@ -176,7 +145,7 @@ def test_a_short_cut_of_the_network_costs_no_execution(tmp_path: Path) -> None:
             done = await router.desk.wait(job.id)
             assert (done.state, done.node) == ("done", at)
             assert sum(len(node.drawn) for node in fleet.nodes.values()) == 1
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -185,14 +154,14 @@ def test_after_a_long_cut_the_first_result_wins_and_the_other_is_let_go(tmp_path
     async def story() -> None:
         async with fleet_of(tmp_path, n1=0.5, n2=0.5) as fleet, fleet.router() as router:
             job = await router.submit(steps=60)
-            at = await _begun(fleet, job.id)
+            at = await begun(fleet, job.id)
             fleet.nodes[at].cut()
             await asyncio.sleep(20)
             fleet.nodes[at].cut(is_cut=False)
             done = await router.desk.wait(job.id)
             assert done.state == "done"
             assert sum(len(node.drawn) for node in fleet.nodes.values()) == 2
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -202,7 +171,7 @@ def test_a_killed_router_finds_its_jobs_where_they_are(tmp_path: Path) -> None:
         async with fleet_of(tmp_path, n1=0.5, n2=0.5) as fleet:
             async with fleet.router(is_killed=True) as router:
                 jobs = [await router.submit(steps=20, seed=i) for i in range(5)]
-                await _begun(fleet, jobs[0].id, jobs[1].id)
+                await begun(fleet, jobs[0].id, jobs[1].id)
                 await asyncio.sleep(3)
             await asyncio.sleep(11)  # both are drawn meanwhile, and wait in the spools
             async with fleet.router() as router:
@@ -210,7 +179,7 @@ def test_a_killed_router_finds_its_jobs_where_they_are(tmp_path: Path) -> None:
                 assert [job.state for job in done] == ["done"] * 5
                 drawn = Counter(job for node in fleet.nodes.values() for job in node.drawn)
                 assert set(drawn.values()) == {1}
-                await _empty(fleet)
+                await emptied(fleet)
 
     play(story)
 
@@ -229,7 +198,7 @@ def test_a_killed_broker_takes_nothing_along(tmp_path: Path) -> None:
             done = [await router.desk.wait(job.id) for job in jobs]
             assert [job.state for job in done] == ["done"] * 4
             assert sum(len(node.drawn) for node in fleet.nodes.values()) == 4
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -238,7 +207,7 @@ def test_a_cancelled_job_stops_at_its_node(tmp_path: Path) -> None:
     async def story() -> None:
         async with fleet_of(tmp_path, n1=1.0) as fleet, fleet.router() as router:
             job, waiting = await router.submit(steps=50), await router.submit(steps=50)
-            await _begun(fleet, job.id)
+            await begun(fleet, job.id)
             await router.desk.cancel(waiting.id)
             await router.desk.cancel(job.id)
             ended = await router.desk.wait(job.id, deadline_s=5)
@@ -246,7 +215,7 @@ def test_a_cancelled_job_stops_at_its_node(tmp_path: Path) -> None:
             after = await router.submit(steps=1)
             assert (await router.desk.wait(after.id, deadline_s=10)).state == "done"
             assert waiting.id not in fleet.nodes["n1"].drawn
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -265,7 +234,7 @@ def test_a_job_that_ends_engines_fails_on_three_nodes_with_their_names(tmp_path:
             assert failed.error is not None
             assert "after 3 attempts on n" in failed.error["message"]
             assert sum(len(node.drawn) for node in fleet.nodes.values()) == 3
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -279,7 +248,7 @@ def test_a_fault_of_one_node_is_mended_by_another(tmp_path: Path) -> None:
             fleet.nodes["n1"].before_step = die
             done = [await router.desk.wait((await router.submit(seed=i)).id) for i in range(3)]
             assert {(job.state, job.node) for job in done} == {("done", "n2")}
-            await _empty(fleet)
+            await emptied(fleet)
 
     play(story)
 
@@ -361,7 +330,7 @@ def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path, seed: int) -> N
                 assert len({output.id for job in done for output in job.outputs}) == len(accepted) > 30
                 drawn = Counter(job for node in fleet.nodes.values() for job in node.drawn)
                 assert sum(drawn.values()) - len(accepted) <= n_killed * 1 + 3
-                await _empty(fleet)
+                await emptied(fleet)
                 job = done[0]
                 again = await router.submit(
                     job.request.prompt, steps=job.request.steps or 1, seed=job.request.seed or 0

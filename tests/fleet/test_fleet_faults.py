@@ -17,9 +17,12 @@ from safetensors.numpy import save_file
 from sdfleet.domain import Drawing, ImageRequest, JobId, LoraUse, Submission
 from sdfleet.errors import EngineDied, SdfleetError, UnknownName
 from sdfleet.fleet import spool
-from sdfleet.fleet.messages import Chunk, ChunkAnswer, Failure, lease_for, pack, pack_outcome, unpack, up
+from sdfleet.fleet.messages import Chunk, ChunkAnswer, Failure, pack_outcome
+from sdfleet.fleet.packing import pack, unpack
 from sdfleet.fleet.shipping import sha256_of
+from sdfleet.fleet.signing import lease_for
 from sdfleet.fleet.state import Limits
+from sdfleet.fleet.subjects import up
 from sdfleet.fleet.transport import NoAnswer, Reign
 from tests.fleet.fleets import SECRET, FleetInTest, fleet_of
 from tests.fleet.playing import begun, emptied, play

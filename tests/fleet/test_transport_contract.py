@@ -309,6 +309,7 @@ def test_one_router_reigns_and_every_reign_has_a_higher_number(play: Callable[[T
     play(test)
 
 
+@pytest.mark.slow
 def test_a_silent_router_loses_the_crown(play: Callable[[Test], None]) -> None:
     async def test(here: World) -> None:
         first, second = await here.transport("r1"), await here.transport("r2")

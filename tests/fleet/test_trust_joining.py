@@ -22,9 +22,11 @@ from sdfleet.fleet.identity import Identity
 from sdfleet.fleet.join_code import parse
 from sdfleet.fleet.joining import PROOF, Ask, Join, Joined, commitment_of, proof_of
 from sdfleet.fleet.keys import NKey
-from sdfleet.fleet.messages import pack, sign, unpack
+from sdfleet.fleet.packing import pack, unpack
+from sdfleet.fleet.rights import code_inbox, guest_key
+from sdfleet.fleet.signing import sign
 from sdfleet.fleet.transport import NoAnswer
-from sdfleet.fleet.trust import CLAIM_S, CODE_S, code_inbox, guest_key
+from sdfleet.fleet.trust import CLAIM_S, CODE_S
 from tests.fleet.brokers import free_port
 from tests.fleet.trusted import play, trusted
 

@@ -12,26 +12,12 @@ from typing import cast
 import pytest
 
 from sdfleet.domain import ImageResult, Job, JobId, Picture
-from sdfleet.fleet.messages import (
-    CHUNK_BYTES,
-    SIGNATURE,
-    Cancel,
-    Chunk,
-    ChunkAnswer,
-    Run,
-    WantBlob,
-    down,
-    inbox_of,
-    lease_for,
-    pack,
-    pack_outcome,
-    sign,
-    unpack,
-    unpack_outcome,
-    up,
-)
+from sdfleet.fleet.messages import Cancel, Chunk, ChunkAnswer, Run, WantBlob, pack_outcome, unpack_outcome
+from sdfleet.fleet.packing import CHUNK_BYTES, pack, unpack
 from sdfleet.fleet.receiving import MOST_BROKEN
 from sdfleet.fleet.shipping import sha256_of
+from sdfleet.fleet.signing import SIGNATURE, lease_for, sign
+from sdfleet.fleet.subjects import down, inbox_of, up
 from sdfleet.fleet.transport import Incoming, NoAnswer
 from sdfleet.fleet.transport_memory import MemoryBus
 from tests.fleet.fleets import SECRET, FleetInTest, RouterInTest, fleet_of, secret_of

@@ -9,8 +9,8 @@ import pytest
 from sdfleet.errors import StoreUnavailable
 from sdfleet.fleet.bus_nats import NotLetIn, connect
 from sdfleet.fleet.keys import NKey
+from sdfleet.fleet.rights import guest_key
 from sdfleet.fleet.transport import Incoming, NoAnswer
-from sdfleet.fleet.trust import guest_key
 from tests.fleet.trusted import play, trusted
 
 FORBIDDEN_TO_A_NODE = (

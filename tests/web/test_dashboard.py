@@ -253,6 +253,7 @@ def _asking(here: Running, name: str) -> str:
     return code
 
 
+@pytest.mark.slow
 def test_a_machine_that_asks_is_let_in_and_nodes_are_drained_pinned_and_put_out(visit: Visit, tmp_path: Path) -> None:
     with running(tmp_path, opens=RouterInMemory("n1", "n2")) as here:
         _draw(here)

@@ -25,9 +25,9 @@ from sdfleet.backends.bfl_answers import details_of, number_of, object_of, refus
 from sdfleet.backends.bfl_models import ID, MODELS, Model, body_of
 from sdfleet.backends.errands import Errands, ended
 from sdfleet.backends.orders import Order, Orders
-from sdfleet.backends.sent_pictures import as_asked, as_base64, as_drawn
+from sdfleet.backends.sent_pictures import Asked, as_asked, as_base64, as_result, model_of
 from sdfleet.backends.web import Answer, BadAnswer, Lost, Unreachable, Web
-from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId, Progress
+from sdfleet.domain import Drawing, FinishedPicture, ImageResult, JobId
 from sdfleet.errors import (
     BackendFailed,
     BackendUnavailable,
@@ -149,11 +149,11 @@ class BflBackend:
     # ------------------------------------------------------------------------------------------------------ one job
 
     async def _draw(self, drawing: Drawing, on_progress: OnProgress | None) -> ImageResult:
-        model = self._models[drawing.checkpoint.replace("\\", "/").rpartition("/")[2]]
+        model = self._models[model_of(drawing)]
         begun_s = time.monotonic()
         image, mask = await asyncio.to_thread(lambda: (as_base64(drawing.image), as_base64(drawing.mask)))
         tasks = [
-            asyncio.create_task(self._picture(_Ordered(drawing, index, model, on_progress), image, mask))
+            asyncio.create_task(self._picture(Asked(drawing, index, on_progress), model, image, mask))
             for index in range(drawing.n_images)
         ]
         try:
@@ -161,23 +161,13 @@ class BflBackend:
         finally:
             for task in tasks:
                 await ended(task)
-        spent_s = round(time.monotonic() - begun_s, 4)
-        drawn, warnings = as_drawn(drawing, [one.picture for one in found], by=self.host)
-        return ImageResult(
-            job_id=drawing.job_id,
-            model=drawing.checkpoint,
-            images=tuple(found),
-            drawing=drawn,
-            warnings=warnings,
-            timings_s={"load": 0.0, "encode": 0.0, "denoise": spent_s, "decode": 0.0, "total": spent_s},
-            device=self.host,
-            unsaid=model.unsaid,
-        )
+        spent_s = time.monotonic() - begun_s
+        return as_result(drawing, found, by=self.host, device=self.host, spent_s=spent_s, unsaid=model.unsaid)
 
-    async def _picture(self, asked: _Ordered, image: str | None, mask: str | None) -> FinishedPicture:
+    async def _picture(self, asked: Asked, model: Model, image: str | None, mask: str | None) -> FinishedPicture:
         drawing, index = asked.drawing, asked.index
-        body = body_of(asked.model, drawing, seed=drawing.seed + index, image=image, mask=mask)
-        name = drawing.checkpoint.replace("\\", "/").rpartition("/")[2]
+        body = body_of(model, drawing, seed=drawing.seed + index, image=image, mask=mask)
+        name = model_of(drawing)
         digest = await asyncio.to_thread(_digest, name, body)
         async with self._room:
             self._n_under_way += 1
@@ -195,7 +185,7 @@ class BflBackend:
         return FinishedPicture(picture=picture, seed=seed, reproducible=False, cost_credits=order.cost_credits)
 
     async def _brought(
-        self, asked: _Ordered, name: str, body: Mapping[str, object], *, digest: str
+        self, asked: Asked, name: str, body: Mapping[str, object], *, digest: str
     ) -> tuple[bytes, Order]:
         """The picture's file: of an order made before, else of one made now."""
         job_id, index = asked.drawing.job_id, asked.index
@@ -211,12 +201,12 @@ class BflBackend:
                 return content, order
         return await self._wait(asked, order)
 
-    async def _drop(self, asked: _Ordered) -> None:
+    async def _drop(self, asked: Asked) -> None:
         await asyncio.to_thread(self._orders.drop, asked.drawing.job_id, asked.index)
 
     # ------------------------------------------------------------------------------------------------- to order it
 
-    async def _order(self, asked: _Ordered, name: str, body: Mapping[str, object], *, digest: str) -> Order:
+    async def _order(self, asked: Asked, name: str, body: Mapping[str, object], *, digest: str) -> Order:
         """The picture ordered, and that noted. Raises what the service refuses it with."""
         job_id, index = asked.drawing.job_id, asked.index
         answer = await self._submit_patiently(asked, f"{self._endpoint}/v1/{name}", body, digest=digest)
@@ -235,7 +225,7 @@ class BflBackend:
         log.info("picture ordered", extra={"backend": ID, **facts})
         return order
 
-    async def _submit_patiently(self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str) -> Answer:
+    async def _submit_patiently(self, asked: Asked, url: str, body: Mapping[str, object], *, digest: str) -> Answer:
         """The answer to an order that was taken; asked for again while the service is busy, at fault, or not reached.
 
         Raises what it is refused with.
@@ -263,7 +253,7 @@ class BflBackend:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _submit(
-        self, asked: _Ordered, url: str, body: Mapping[str, object], *, digest: str
+        self, asked: Asked, url: str, body: Mapping[str, object], *, digest: str
     ) -> tuple[Answer | None, str]:
         """The answer; None, and why, where the service is not reached. While nobody knows it stands as `sending`."""
         await asyncio.to_thread(self._orders.send, asked.drawing.job_id, asked.index, digest=digest)
@@ -288,7 +278,7 @@ class BflBackend:
 
     # ------------------------------------------------------------------------------------- to wait for it and fetch it
 
-    async def _wait(self, asked: _Ordered, order: Order) -> tuple[bytes, Order]:
+    async def _wait(self, asked: Asked, order: Order) -> tuple[bytes, Order]:
         """The picture's file, and its order with the seed that was used. Raises what the order came to."""
         self._check_may_be_asked(order.polling_url)
         n_expired = 0
@@ -307,7 +297,7 @@ class BflBackend:
                     hint="it is there for ten minutes and was charged; to order it again, retry the job",
                 )
 
-    async def _ready(self, asked: _Ordered, order: Order) -> Mapping[str, object]:
+    async def _ready(self, asked: Asked, order: Order) -> Mapping[str, object]:
         """What came of the order. Raises Moderated, BackendFailed."""
         while True:
             told = await self._told(order)
@@ -395,29 +385,6 @@ class BflBackend:
         )
         if not (is_same or (parts.scheme == "https" and _is_theirs(parts))):
             raise _not_known(f"{self.host} wants to be asked at {parts.hostname}, which is not its own")
-
-
-@dataclass(slots=True, eq=False)
-class _Ordered:
-    """One picture of a job that is drawn. told: the last step its caller heard of."""
-
-    drawing: Drawing
-    index: int
-    model: Model
-    on_progress: OnProgress | None
-    told: int = 0
-
-    def tell(self, step: int) -> None:
-        """Say how far it is; a picture that comes at once had a first step too."""
-        if self.on_progress is None:
-            return
-        steps = [1, step] if self.told == 0 and step > 1 else [step]
-        for each in steps:
-            if each > self.told:
-                self.told = each
-                self.on_progress(
-                    Progress(job_id=self.drawing.job_id, image_index=self.index, step=each, n_steps=self.drawing.steps)
-                )
 
 
 def _not_known(what: str) -> BackendFailed:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sdfleet.backends.sent_pictures import ours_alone
 from sdfleet.catalog.cards import Card, Ignored
 from sdfleet.domain import Drawing, ImageRequest, Unsaid
 from sdfleet.errors import InvalidValue, UnsupportedByModel
 
 ID = "flux-api"
-DEFAULT_MODEL = "flux-pro-1.1"
 # What "automatic" means there for pictures that are told by their ratio.
 RATIOS = ("21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16", "9:21")
 
@@ -133,10 +133,10 @@ def _card(name: str, model: Model) -> Card:
 def check(card: Card, request: ImageRequest) -> tuple[str, ...]:
     """What would be left out of a request, as warnings. Raises a BadRequest for what the model cannot draw.
 
-    >>> request = ImageRequest(prompt="a fox", width_px=1500, height_px=512)
+    >>> request = ImageRequest(prompt="a fox", width_px=1504, height_px=512)
     >>> check(next(card for card in cards() if card.name == "flux-dev"), request)
     Traceback (most recent call last):
-    sdfleet.errors.InvalidValue: width: 1500 px is not between 256 and 1440, as flux-dev takes it
+    sdfleet.errors.InvalidValue: width: 1504 px is not between 256 and 1440, as flux-dev takes it
     """
     model, name = MODELS[card.name], card.name
     if request.mask is not None and not model.takes_mask:
@@ -156,12 +156,7 @@ def check(card: Card, request: ImageRequest) -> tuple[str, ...]:
         model.guidance.check("guidance", request.guidance, model=name)
     if request.image is not None and request.strength is not None and not model.takes_strength:
         warnings.append(f"strength has no effect on {name}")
-    used = {
-        "t5": request.t5 != "auto",
-        "step_cache": request.step_cache != "off",
-        "reproducible": request.reproducible,
-    }
-    warnings += [f"{field} has no effect on {name}" for field, is_used in used.items() if is_used]
+    warnings += [f"{field} has no effect on {name}" for field in ours_alone(request)]
     return tuple(warnings)
 
 

@@ -14,17 +14,16 @@ import logging
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from sdfleet.backends.base import BackendState, Capabilities, OnProgress
 from sdfleet.backends.errands import Errands
-from sdfleet.backends.sent_pictures import as_asked, as_base64, as_drawn
+from sdfleet.backends.sent_pictures import Asked, as_asked, as_base64, as_result, model_of, ours_alone
 from sdfleet.backends.web import BadAnswer, Lost, Unreachable, Web, lines
 from sdfleet.catalog.cards import Card
 from sdfleet.catalog.published import published
-from sdfleet.domain import Drawing, FinishedPicture, ImageRequest, ImageResult, JobId, Picture, Progress
+from sdfleet.domain import Drawing, FinishedPicture, ImageRequest, ImageResult, JobId, Picture
 from sdfleet.errors import (
     BackendFailed,
     BackendUnavailable,
@@ -187,24 +186,14 @@ class OllamaImages:
             found.append(FinishedPicture(picture=picture, seed=drawing.seed + index))
             load_s += this_load_s
         spent_s = time.monotonic() - begun_s
-        drawn, warnings = as_drawn(drawing, [one.picture for one in found], by="Ollama")
-        return ImageResult(
-            job_id=drawing.job_id,
-            model=drawing.checkpoint,
-            images=tuple(found),
-            drawing=drawn,
-            warnings=warnings,
-            timings_s={
-                "load": round(load_s, 4), "encode": 0.0, "denoise": round(max(0.0, spent_s - load_s), 4), "decode": 0.0,
-                "total": round(spent_s, 4),
-            },
-            device=f"Ollama {self._version}".strip(),
+        return as_result(
+            drawing, found, by="Ollama", device=f"Ollama {self._version}".strip(), spent_s=spent_s, load_s=load_s,
             unsaid=("guidance", "sampler", "strength"),
         )  # fmt: skip
 
     async def _name_of(self, drawing: Drawing) -> str:
         """What Ollama calls the model. Raises BackendUnavailable: what is not known to draw is never asked to."""
-        key = drawing.checkpoint.replace("\\", "/").rpartition("/")[2]
+        key = model_of(drawing)
         if key not in self._models:
             await self.look()
         if key not in self._models:
@@ -221,17 +210,18 @@ class OllamaImages:
         }  # fmt: skip
         if image is not None:
             body["images"] = [image]
-        telling = _Telling(drawing, index, on_progress)
+        asked = Asked(drawing, index, on_progress)
         try:
             async with self._drawer.stream("POST", f"{self._url}/api/generate", body=body) as (status, _, parts):
                 async for line in lines(parts, max_bytes=MAX_LINE_BYTES):
                     told = await asyncio.to_thread(_object, line)
                     if status != 200 or "error" in told:
                         self._refuse(status, str(told.get("error", "nothing"))[:300])
-                    telling.tell(told.get("completed"), told.get("total"))
+                    if (step := _step(told, drawing)) is not None:
+                        asked.tell(step)
                     if told.get("done"):
                         picture = await asyncio.to_thread(_decoded, told.get("image"), drawing)
-                        telling.tell(1, 1)
+                        asked.tell(drawing.steps)
                         return picture, _seconds(told.get("load_duration"))
                 if status != 200:
                     self._refuse(status, "nothing")
@@ -259,40 +249,15 @@ class OllamaImages:
                 raise BackendFailed(f"Ollama met a fault ({status}): {said}", hint="see its log")
 
 
-@dataclass(slots=True, eq=False)
-class _Telling:
-    """What a caller hears of one picture. told: the last step."""
-
-    drawing: Drawing
-    index: int
-    on_progress: OnProgress | None
-    told: int = 0
-
-    def tell(self, completed: object, total: object) -> None:
-        """Its steps as ours, should it take another number of them; the first is told too."""
-        if self.on_progress is None or not isinstance(completed, int) or not isinstance(total, int) or total < 1:
-            return
-        step = min(self.drawing.steps, completed * self.drawing.steps // total)
-        for each in (1, step) if self.told == 0 and step > 1 else (step,):
-            if each > self.told:
-                self.told = each
-                job_id, n_steps = self.drawing.job_id, self.drawing.steps
-                self.on_progress(Progress(job_id=job_id, image_index=self.index, step=each, n_steps=n_steps))
-
-
 def check(card: Card, request: ImageRequest) -> tuple[str, ...]:
     """What would be left out of a request, as warnings. Raises a BadRequest for what Ollama cannot draw."""
     if request.mask is not None:
         raise UnsupportedByModel(f"{card.name} is drawn by Ollama, which takes no mask", hint="name another backend")
     if request.seed is not None and request.seed + request.n_images - 1 > MAX_SEED:
         raise InvalidValue("seed", f"{request.seed} is more than Ollama takes", hint=f"use at most {MAX_SEED}")
-    used = {
-        "strength": request.image is not None and request.strength is not None,
-        "t5": request.t5 != "auto",
-        "step_cache": request.step_cache != "off",
-        "reproducible": request.reproducible,
-    }
-    return tuple(f"{field} has no effect on {card.name} at Ollama" for field, is_used in used.items() if is_used)
+    unheeded = ["strength"] if request.image is not None and request.strength is not None else []
+    unheeded += ours_alone(request)
+    return tuple(f"{field} has no effect on {card.name} at Ollama" for field in unheeded)
 
 
 def _card(name: str, *, taken: Collection[str]) -> Card | None:
@@ -333,6 +298,14 @@ def _object(line: bytes) -> Mapping[str, object]:
     if not isinstance(found, dict):
         raise BadAnswer("a line is not a JSON object")
     return found
+
+
+def _step(told: Mapping[str, object], drawing: Drawing) -> int | None:
+    """Its step as one of ours, should it take another number of them; None where it does not say."""
+    completed, total = told.get("completed"), told.get("total")
+    if not isinstance(completed, int) or not isinstance(total, int) or total < 1:
+        return None
+    return min(drawing.steps, completed * drawing.steps // total)
 
 
 def _decoded(image: object, drawing: Drawing) -> Picture:

@@ -36,7 +36,7 @@ from sdfleet.fleet.discovery import announced, own_addresses, place_of
 from sdfleet.fleet.entries import pack_entry, unpack_entry
 from sdfleet.fleet.joining import Joining
 from sdfleet.fleet.language import FleetLanguage
-from sdfleet.fleet.messages import BrokenMessage
+from sdfleet.fleet.packing import BrokenMessage
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.runtime import FleetRuntime
 from sdfleet.fleet.transport import Entry, Transport

@@ -40,8 +40,6 @@ _QKV = ("to_q", "to_k", "to_v")
 # diffusers' first LoRA files named the text encoder's layers as the UNet's.
 _FIRST_TEXT_NAMES = {"self_attn.q_proj": "to_q", "self_attn.k_proj": "to_k", "self_attn.v_proj": "to_v",
                      "self_attn.out_proj": "to_out"}  # fmt: skip
-# transformers has had this around CLIP's and Qwen's layers, and then not.
-_WRAPPINGS = ("text_model.", "model.")
 _NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")
 
 

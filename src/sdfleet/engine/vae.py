@@ -73,11 +73,6 @@ class Vae:
         return torch.tensor(numbers, dtype=torch.float32, device=self._device.torch_device).view(1, -1, 1, 1)
 
     @property
-    def channels_at_full_size(self) -> int:
-        """Width of the decoder's last block, which works at the picture's full size: what peak memory hangs on."""
-        return int(self._module.config.block_out_channels[0])
-
-    @property
     def element_bytes(self) -> int:
         """Bytes of one number in the decoder."""
         return int(torch.empty((), dtype=self._module.dtype).element_size())

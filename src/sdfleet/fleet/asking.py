@@ -30,9 +30,12 @@ from sdfleet.fleet.joining import (
     short_code,
 )
 from sdfleet.fleet.keys import NKey
-from sdfleet.fleet.messages import BrokenMessage, inbox_of, is_signed, pack, sign, unpack, up
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
+from sdfleet.fleet.rights import asking_inbox, code_inbox, guest_key
+from sdfleet.fleet.signing import is_signed, sign
+from sdfleet.fleet.subjects import inbox_of, up
 from sdfleet.fleet.transport import Bus, NoAnswer
-from sdfleet.fleet.trust import PENDING_S, asking_inbox, code_inbox, guest_key
+from sdfleet.fleet.trust import PENDING_S
 
 log = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ async def connect(
     if tls is not None and not is_pinned:
         options["tls"] = tls
     elif tls is not None:
-        # The certificate is pinned, see trust.py: which address it was reached at says nothing.
+        # The certificate is pinned, see certificates.py: which address it was reached at says nothing.
         options |= {"tls": tls, "tls_handshake_first": True, "tls_hostname": "sdfleet"}
     if credentials is not None:
         options |= {"nkeys_seed_str": credentials.seed} if credentials.seed else {}

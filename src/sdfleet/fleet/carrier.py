@@ -31,10 +31,12 @@ from sdfleet.errors import (
 from sdfleet.fleet.cost import Predictor
 from sdfleet.fleet.errand import Errand
 from sdfleet.fleet.members import Members
-from sdfleet.fleet.messages import Cancel, Failure, Outcome, PictureBlob, Run, RunAnswer, lease_for, up
+from sdfleet.fleet.messages import Cancel, Failure, Outcome, PictureBlob, Run, RunAnswer
 from sdfleet.fleet.receiving import BrokenResult, Expected
 from sdfleet.fleet.shipping import sha256_of
+from sdfleet.fleet.signing import lease_for
 from sdfleet.fleet.state import DeviceId, NodeId, WaitingJob
+from sdfleet.fleet.subjects import up
 from sdfleet.fleet.throne import Throne
 from sdfleet.fleet.underway import Homeless, UnderWay
 from sdfleet.fleet.voice import Voice

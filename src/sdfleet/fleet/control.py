@@ -20,9 +20,11 @@ from sdfleet.errors import NotReady, from_wire
 from sdfleet.fleet.decisions import Why
 from sdfleet.fleet.join_code import JoinCode
 from sdfleet.fleet.members import Member
-from sdfleet.fleet.messages import BrokenMessage, Order, OrderAnswer, Orders, node_of, unpack, up
+from sdfleet.fleet.messages import Order, OrderAnswer, Orders
+from sdfleet.fleet.packing import BrokenMessage, unpack
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.state import DeviceId, Limits, WaitingJob
+from sdfleet.fleet.subjects import node_of, up
 from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.fleet.trust import Enrolled, Pending, Roster
 from sdfleet.fleet.walk import WALKED_JOBS

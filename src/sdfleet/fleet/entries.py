@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sdfleet.domain import Job, JobId, Submission
 from sdfleet.errors import SdfleetError
-from sdfleet.fleet.messages import BrokenMessage
+from sdfleet.fleet.packing import BrokenMessage
 
 VERSION = 1
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from sdfleet.domain import ImageRequest, Picture
 from sdfleet.errors import NotReady
-from sdfleet.fleet.messages import BlobPart, BrokenMessage, PictureBlob, WantBlob, pack, unpack, up
+from sdfleet.fleet.messages import BlobPart, PictureBlob, WantBlob
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
 from sdfleet.fleet.shipping import sha256_of
+from sdfleet.fleet.subjects import up
 from sdfleet.fleet.task import Task
 from sdfleet.fleet.transport import Bus, NoAnswer
 

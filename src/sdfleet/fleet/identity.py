@@ -13,7 +13,7 @@ from sdfleet.fleet.bus_nats import Credentials
 from sdfleet.fleet.certificates import trusting, write_private
 from sdfleet.fleet.join_code import is_place
 from sdfleet.fleet.keys import NKey
-from sdfleet.fleet.messages import inbox_of, is_node_id
+from sdfleet.fleet.subjects import inbox_of, is_node_id
 
 _VERSION = 1
 _FORMAT = "sdfleet node"

@@ -24,9 +24,12 @@ from sdfleet.errors import Busy, JoinRefused, SdfleetError, StoreUnavailable
 from sdfleet.fleet.broker import Broker
 from sdfleet.fleet.keys import is_public_key, is_signed_by
 from sdfleet.fleet.members import Settled
-from sdfleet.fleet.messages import BrokenMessage, inbox_of, is_signed, node_of, pack, sign, unpack
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
+from sdfleet.fleet.rights import asking_inbox, code_inbox
+from sdfleet.fleet.signing import is_signed, sign
+from sdfleet.fleet.subjects import inbox_of, node_of
 from sdfleet.fleet.transport import Bus, Handler, Incoming, Subscription
-from sdfleet.fleet.trust import MAX_KEYS, Enrolled, Pending, Roster, asking_inbox, code_inbox
+from sdfleet.fleet.trust import MAX_KEYS, Enrolled, Pending, Roster
 
 log = logging.getLogger(__name__)
 

@@ -33,9 +33,11 @@ from sdfleet.fleet.language_messages import (
     unpack_said,
 )
 from sdfleet.fleet.members import Member
-from sdfleet.fleet.messages import BlobPart, BrokenMessage, inbox_of, node_of, pack, unpack
+from sdfleet.fleet.messages import BlobPart
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
 from sdfleet.fleet.remote import FleetBackend
 from sdfleet.fleet.speakers import Candidate, choose
+from sdfleet.fleet.subjects import inbox_of, node_of
 from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.language.asking import Answer, Ask, LanguageModel, not_found, same_name, with_first
 

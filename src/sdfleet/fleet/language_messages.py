@@ -1,4 +1,4 @@
-"""What a router and its nodes say to each other about text, embeddings and speech; bytes as in messages.py.
+"""What a router and its nodes say to each other about text, embeddings and speech; as bytes, see also packing.py.
 
     fleet.n.<node>.chat, embed, stt     a request for one node                        router -> node, signed
     fleet.n.<node>.credit, hush         go on to that byte; stop                      router -> node, signed
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
-from sdfleet.fleet.messages import VERSION, BrokenMessage, pack, unpack
+from sdfleet.fleet.packing import VERSION, BrokenMessage, pack, unpack
 from sdfleet.language.asking import EMBEDDING, SPEECH, Ask, Door, LanguageModel, Sound
 
 # One message of an answer. The control connection carries heartbeats too; with the window, 256 KiB wait before them.

@@ -13,25 +13,11 @@ from sdfleet.domain import JobId, Picture
 from sdfleet.errors import JobCancelled
 from sdfleet.fleet.errand import Errand
 from sdfleet.fleet.members import Member, Members, with_progress
-from sdfleet.fleet.messages import (
-    CHUNK_BYTES,
-    BlobPart,
-    BrokenMessage,
-    Cancel,
-    Failure,
-    Heartbeat,
-    Hello,
-    JobNews,
-    RunAnswer,
-    SayHello,
-    WantBlob,
-    inbox_of,
-    is_lease,
-    node_of,
-    pack,
-    unpack,
-)
+from sdfleet.fleet.messages import BlobPart, Cancel, Failure, Heartbeat, Hello, JobNews, RunAnswer, SayHello, WantBlob
+from sdfleet.fleet.packing import CHUNK_BYTES, BrokenMessage, pack, unpack
+from sdfleet.fleet.signing import is_lease
 from sdfleet.fleet.state import RunningJob
+from sdfleet.fleet.subjects import inbox_of, node_of
 from sdfleet.fleet.throne import Throne
 from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.fleet.underway import UnderWay

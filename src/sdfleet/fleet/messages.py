@@ -1,16 +1,6 @@
-"""What a router and its nodes say to each other, and how that is put into bytes.
+"""What a router and its nodes say to each other; as bytes, see packing.py.
 
-One message is one payload on the bus:
-
-    4 bytes   length of the header, big endian
-    header    JSON object: {"v": 1, "blobs": [49152], ...the fields of the message}
-    blobs     the raw bytes that the header declared, one after the other
-
-Subjects tell which message it is, so a payload has no type of its own. Fields that a reader does not know are ignored,
-so that a node and a router may differ by a version; another `v` is refused. What is drawn (`ImageRequest`) is read
-strictly: a node that does not know a field of it must not draw without it. Nothing here is code, a pickle or a path.
-
-    fleet.n.<node>.run, cancel, watch, order, hello     router -> node, each signed (see `sign`)
+    fleet.n.<node>.run, cancel, watch, order, hello     router -> node, each signed (see signing.py)
     fleet.up.<node>.hb, hello, ev, ans.<id>             node -> router, over the control connection
     fleet.up.<node>.res, blob                           node -> router, over the bulk connection; answered to the
                                                         node's own inbox and nowhere else
@@ -20,51 +10,27 @@ Times are seconds. `job` is the id of a job; `lease` proves that the router gave
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
-import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 from sdfleet.catalog.hubs.hub import Source
 from sdfleet.domain import MAX_IMAGES, ImageRequest, ImageResult, JobId, Picture
 from sdfleet.errors import SdfleetError
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
 from sdfleet.language.asking import LanguageModel, Speaking
-from sdfleet.plain import Misfit, from_plain, to_plain
 
-VERSION = 1
-# A prompt of 32 000 characters, every one escaped, is 400 kB; the broker takes 1 MB.
-MAX_HEADER_BYTES = 2**19
-# What one payload may carry beside its header; larger things travel in chunks.
-CHUNK_BYTES = 2**18
-MAX_BLOBS = 8
 # 64 pictures of 4096x4096 would be 3 GB; a job that large is answered in parts by nobody.
 MAX_RESULT_BYTES = 2**30
 # Chunks on their way that were not acknowledged: a slow reader loses nothing, a heartbeat waits for at most these.
 CREDIT_WINDOW = 3
-
-# The header of everything that a node is told: `sign` of the rest.
-SIGNATURE = "Sdfleet-Signature"
-
 HEARTBEAT_S = 2.0
 SUSPECT_S = 6.0
 DEAD_S = 15.0
 
-_LENGTH = struct.Struct(">I")
-_NODE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-
-T = TypeVar("T")
 Verdict = Literal["ok", "have", "busy", "refuse"]
 Phase = Literal["step", "computed", "dropped"]
 Orders = Literal["load", "unload", "pin", "unpin", "plan", "pull", "stop", "forget"]
-ModelState = Literal["on_disk", "loaded"]
-
-
-class BrokenMessage(Exception):
-    """A payload makes no sense. Caught by whoever reads it, who logs it and goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,21 +316,16 @@ class BlobPart:
     why: str = ""
 
 
-def pack(message: object) -> bytes:
-    """The payload of a message. Raises BrokenMessage where it is too large to send."""
-    return _packed(message, max_blobs=MAX_BLOBS, max_bytes=CHUNK_BYTES)
-
-
 def pack_outcome(outcome: Outcome) -> bytes:
     """How a job ended, as a node keeps it in its spool and sends it in chunks; without folders and input pictures."""
     if isinstance(outcome, Failure):
-        return _packed(_Outcome(failure=outcome), max_blobs=0, max_bytes=0)
+        return pack(_Outcome(failure=outcome), max_blobs=0, max_bytes=0)
     # The router has its own, of which it knows no folder. LoRAs and embeddings are told with their contents alone.
     loras = tuple(replace(one, file=replace(one.file, path="")) for one in outcome.drawing.loras)
     embeddings = tuple(replace(one, path="") for one in outcome.drawing.embeddings)
     drawing = replace(outcome.drawing, checkpoint="", image=None, mask=None, loras=loras, embeddings=embeddings)
     result = replace(outcome, drawing=drawing)
-    return _packed(_Outcome(result=result), max_blobs=MAX_IMAGES, max_bytes=MAX_RESULT_BYTES)
+    return pack(_Outcome(result=result), max_blobs=MAX_IMAGES, max_bytes=MAX_RESULT_BYTES)
 
 
 def unpack_outcome(data: bytes) -> Outcome:
@@ -374,126 +335,3 @@ def unpack_outcome(data: bytes) -> Outcome:
     if outcome is None:
         raise BrokenMessage("an outcome that is neither a result nor a failure")
     return outcome
-
-
-def _packed(message: object, *, max_blobs: int, max_bytes: int) -> bytes:
-    blobs: list[bytes] = []
-    body = cast("dict[str, object]", to_plain(message, blobs))
-    header = {"v": VERSION, "blobs": [len(blob) for blob in blobs], **body}
-    try:
-        text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode("ascii")
-    except (TypeError, ValueError) as exc:
-        raise BrokenMessage(f"{type(message).__name__}: {exc}") from exc
-    if len(text) > MAX_HEADER_BYTES or len(blobs) > max_blobs or sum(map(len, blobs)) > max_bytes:
-        raise BrokenMessage(f"{type(message).__name__}: {len(text)} bytes and {len(blobs)} blobs are too large")
-    return b"".join((_LENGTH.pack(len(text)), text, *blobs))
-
-
-def unpack(kind: type[T], payload: bytes, *, max_blobs: int = MAX_BLOBS) -> T:
-    """The message in a payload. Raises BrokenMessage, also for values that our own types refuse."""
-    if len(payload) < _LENGTH.size:
-        raise BrokenMessage(f"{len(payload)} bytes are no message")
-    (n_header,) = _LENGTH.unpack_from(payload)
-    if n_header > MAX_HEADER_BYTES or n_header > len(payload) - _LENGTH.size:
-        raise BrokenMessage(f"a header of {n_header} bytes in a payload of {len(payload)}")
-    try:
-        header = json.loads(payload[_LENGTH.size : _LENGTH.size + n_header], parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as exc:
-        raise BrokenMessage(f"the header is not JSON: {str(exc)[:80]}") from exc
-    if not isinstance(header, dict) or header.pop("v", None) != VERSION:
-        raise BrokenMessage(f"not a message of version {VERSION}")
-    blobs = _blobs(header.pop("blobs", None), payload[_LENGTH.size + n_header :], max_blobs=max_blobs)
-    known = {name: value for name, value in header.items() if name in _names_of(kind)}
-    try:
-        return cast("T", from_plain(kind, known, blobs, where=kind.__name__))
-    except (Misfit, SdfleetError) as exc:
-        raise BrokenMessage(str(exc)) from exc
-
-
-def sign(secret: bytes, subject: str, payload: bytes) -> str:
-    """HMAC-SHA256 (RFC 2104) of a message to a node, in hex: only who has the node's secret gives it orders.
-
-    The subject is part of it, so that nothing said to one node can be said to another.
-    """
-    return hmac.new(secret, subject.encode() + b"\0" + payload, hashlib.sha256).hexdigest()
-
-
-def is_signed(secret: bytes, subject: str, payload: bytes, signature: str) -> bool:
-    """Whether `signature` is `sign`'s, compared in constant time."""
-    return hmac.compare_digest(sign(secret, subject, payload).encode(), signature.encode("utf-8", "replace"))
-
-
-def lease_for(secret: bytes, *, job: JobId, node: str, attempt: int) -> str:
-    """A token of 128 bits that only the router can make: that it gave this attempt of this job to this node.
-
-    Needs no memory: after a restart the router knows its leases again.
-    """
-    text = f"lease\0{job}\0{node}\0{attempt}"
-    return f"{attempt}.{hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]}"
-
-
-def is_lease(secret: bytes, lease: str, *, job: JobId, node: str) -> bool:
-    """Whether the router gave this job to this node, at whatever attempt."""
-    attempt, _, _ = lease.partition(".")
-    if not (attempt.isascii() and attempt.isdigit() and len(attempt) <= 9):
-        return False
-    genuine = lease_for(secret, job=job, node=node, attempt=int(attempt))
-    return hmac.compare_digest(genuine.encode(), lease.encode("utf-8", "replace"))
-
-
-def down(node: str, what: str) -> str:
-    """The subject for something said to a node."""
-    return f"fleet.n.{_checked(node)}.{what}"
-
-
-def up(node: str, what: str) -> str:
-    """The subject for something that a node says."""
-    return f"fleet.up.{_checked(node)}.{what}"
-
-
-def node_of(subject: str) -> str:
-    """Whose subject this is; the broker lets only that node write to it. Raises BrokenMessage."""
-    parts = subject.split(".")
-    if len(parts) < 4 or parts[0] != "fleet" or parts[1] not in {"up", "n"} or not is_node_id(parts[2]):
-        raise BrokenMessage(f"{subject[:80]!r} is no subject of the fleet")
-    return parts[2]
-
-
-def inbox_of(node: str) -> str:
-    """The only subjects on which a node is answered."""
-    return f"_INBOX_{_checked(node)}"
-
-
-def is_node_id(text: str) -> bool:
-    """Whether this may name a node: small letters, digits and dashes, at most 32.
-
-    >>> is_node_id("mac-studio"), is_node_id("a.b"), is_node_id("*")
-    (True, False, False)
-    """
-    return _NODE.fullmatch(text) is not None
-
-
-def _checked(node: str) -> str:
-    if not is_node_id(node):
-        raise BrokenMessage(f"{node[:80]!r} names no node")
-    return node
-
-
-def _blobs(lengths: object, rest: bytes, *, max_blobs: int) -> list[bytes]:
-    if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths):
-        raise BrokenMessage("the header does not declare its blobs")
-    if len(lengths) > max_blobs or sum(lengths) != len(rest):
-        raise BrokenMessage(f"{len(rest)} bytes follow where {sum(lengths)} were declared")
-    found, at = [], 0
-    for n_bytes in lengths:
-        found.append(rest[at : at + n_bytes])
-        at += n_bytes
-    return found
-
-
-def _names_of(kind: type) -> set[str]:
-    return set(cast("Any", kind).__dataclass_fields__)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

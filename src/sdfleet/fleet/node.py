@@ -24,11 +24,8 @@ from sdfleet.domain import ImageResult, JobId, Progress
 from sdfleet.errors import DeadlineExceeded, SdfleetError, StoreUnavailable
 from sdfleet.fleet.fetching import with_pictures
 from sdfleet.fleet.messages import (
-    CHUNK_BYTES,
     HEARTBEAT_S,
-    SIGNATURE,
     AdapterHere,
-    BrokenMessage,
     Cancel,
     Failure,
     Heartbeat,
@@ -45,16 +42,14 @@ from sdfleet.fleet.messages import (
     SayHello,
     Verdict,
     Watch,
-    down,
-    is_signed,
-    pack,
-    unpack,
-    up,
 )
+from sdfleet.fleet.packing import CHUNK_BYTES, BrokenMessage, pack, unpack
 from sdfleet.fleet.shipping import Shipping
+from sdfleet.fleet.signing import SIGNATURE, is_signed
 from sdfleet.fleet.speaking import Speaker
 from sdfleet.fleet.spool import Spool, Spooled
 from sdfleet.fleet.stock import Stock, slots_of
+from sdfleet.fleet.subjects import down, up
 from sdfleet.fleet.task import Task, packed_or_failed
 from sdfleet.fleet.transport import Bus, Incoming
 from sdfleet.language.asking import LanguageModel

@@ -13,23 +13,11 @@ from dataclasses import dataclass, field
 
 from sdfleet.domain import Drawing, ImageResult, JobId
 from sdfleet.errors import SdfleetError
-from sdfleet.fleet.messages import (
-    MAX_HEADER_BYTES,
-    MAX_RESULT_BYTES,
-    BrokenMessage,
-    Chunk,
-    ChunkAnswer,
-    Failure,
-    Outcome,
-    PictureBlob,
-    inbox_of,
-    is_lease,
-    node_of,
-    pack,
-    unpack,
-    unpack_outcome,
-)
+from sdfleet.fleet.messages import MAX_RESULT_BYTES, Chunk, ChunkAnswer, Failure, Outcome, PictureBlob, unpack_outcome
+from sdfleet.fleet.packing import MAX_HEADER_BYTES, BrokenMessage, pack, unpack
 from sdfleet.fleet.shipping import sha256_of
+from sdfleet.fleet.signing import is_lease
+from sdfleet.fleet.subjects import inbox_of, node_of
 from sdfleet.fleet.transport import Bus, Incoming
 
 log = logging.getLogger(__name__)

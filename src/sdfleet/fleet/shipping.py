@@ -14,17 +14,10 @@ from typing import NoReturn
 
 from sdfleet.domain import JobId
 from sdfleet.errors import StoreUnavailable
-from sdfleet.fleet.messages import (
-    CHUNK_BYTES,
-    CREDIT_WINDOW,
-    BrokenMessage,
-    Chunk,
-    ChunkAnswer,
-    pack,
-    unpack,
-    up,
-)
+from sdfleet.fleet.messages import CREDIT_WINDOW, Chunk, ChunkAnswer
+from sdfleet.fleet.packing import CHUNK_BYTES, BrokenMessage, pack, unpack
 from sdfleet.fleet.spool import Spool, Spooled
+from sdfleet.fleet.subjects import up
 from sdfleet.fleet.transport import Bus, NoAnswer
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,9 @@ from sdfleet.fleet.language_messages import (
     pack_said,
     unpack_ask,
 )
-from sdfleet.fleet.messages import BlobPart, BrokenMessage, pack, unpack, up
+from sdfleet.fleet.messages import BlobPart
+from sdfleet.fleet.packing import BrokenMessage, pack, unpack
+from sdfleet.fleet.subjects import up
 from sdfleet.fleet.transport import Bus, Incoming, NoAnswer
 from sdfleet.language.asking import Ask, LanguageModel, Speaking
 from sdfleet.language.shelf import Shelf

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 
 from sdfleet.errors import JobCancelled, SdfleetError
-from sdfleet.fleet.messages import BrokenMessage, Failure, JobNews, Outcome, Run, pack_outcome
+from sdfleet.fleet.messages import Failure, JobNews, Outcome, Run, pack_outcome
+from sdfleet.fleet.packing import BrokenMessage
 
 # Pixels that are packed in less time than a thread takes to wake.
 _SMALL_BYTES = 2**18

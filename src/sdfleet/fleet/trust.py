@@ -23,8 +23,9 @@ from sdfleet.fleet.certificates import Certificates, certificates_in, trusting, 
 from sdfleet.fleet.join_code import MAX_PLACES, JoinCode, is_place
 from sdfleet.fleet.keys import NKey
 from sdfleet.fleet.members import Settled
-from sdfleet.fleet.messages import inbox_of, is_node_id
+from sdfleet.fleet.rights import asking_user, code_user, guest_user, node_user, router_user
 from sdfleet.fleet.state import Limits
+from sdfleet.fleet.subjects import is_node_id
 
 log = logging.getLogger(__name__)
 
@@ -194,11 +195,11 @@ class Roster:
 
     def users(self) -> tuple[User, ...]:
         """Who may connect to the broker now, and what each may say and hear."""
-        router = User(nkey=NKey.from_seed(self._kept.router_seed).public, denied=("$SYS.>",))
-        nodes = [_node_user(each.key, each.node) for each in self._kept.nodes]
+        router = router_user(NKey.from_seed(self._kept.router_seed).public)
+        nodes = [node_user(each.key, each.node) for each in self._kept.nodes]
         known = {each.key for each in self._kept.nodes}
-        codes = [_code_user(code) for code in self._codes()]
-        pending = [_pending_user(each.key) for each in self.pending() if each.key not in known]
+        codes = [code_user(code.key, code.id) for code in self._codes()]
+        pending = [asking_user(each.key) for each in self.pending() if each.key not in known]
         guest = [guest_user()] if self.takes_guests else []
         return (router, *nodes, *codes, *pending, *guest)
 
@@ -412,38 +413,6 @@ class Roster:
     def _changed(self) -> None:
         for call in self._listeners:
             call()
-
-
-def guest_key() -> NKey:
-    """The key of whoever has none: everybody knows it, and it opens almost nothing."""
-    return NKey.derived(b"sdfleet", "key of a guest")
-
-
-def guest_user() -> User:
-    """A guest may ask to join, and hears nothing at all."""
-    return User(nkey=guest_key().public, publish=("fleet.ask.*",), subscribe=())
-
-
-def _node_user(key: str, node: str) -> User:
-    return User(nkey=key, publish=(f"fleet.up.{node}.>",), subscribe=(f"fleet.n.{node}.>", f"{inbox_of(node)}.>"))
-
-
-def _code_user(code: OpenCode) -> User:
-    return User(nkey=code.key, publish=(f"fleet.join.{code.id}",), subscribe=(f"{code_inbox(code.id)}.>",))
-
-
-def _pending_user(key: str) -> User:
-    return User(nkey=key, publish=(f"fleet.asking.{key}",), subscribe=(f"{asking_inbox(key)}.>",))
-
-
-def code_inbox(code_id: str) -> str:
-    """Where a machine that joins with a code is answered."""
-    return f"_INBOX_join_{code_id}"
-
-
-def asking_inbox(key: str) -> str:
-    """Where a machine that asks is answered, once the router knows its key."""
-    return f"_INBOX_ask_{key}"
 
 
 def node_id_of(wish: str) -> str:

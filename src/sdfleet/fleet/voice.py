@@ -6,7 +6,9 @@ import logging
 
 from sdfleet.errors import StoreUnavailable
 from sdfleet.fleet.members import Members
-from sdfleet.fleet.messages import SIGNATURE, down, pack, sign
+from sdfleet.fleet.packing import pack
+from sdfleet.fleet.signing import SIGNATURE, sign
+from sdfleet.fleet.subjects import down
 from sdfleet.fleet.transport import Bus
 
 log = logging.getLogger(__name__)

@@ -95,11 +95,6 @@ class FairQueue:
     def __iter__(self) -> Iterator[Waiting]:
         return (waiting for _, _, waiting in self._keys.values())
 
-    def n_of(self, owner: OwnerId) -> int:
-        """How many jobs of this owner wait."""
-        line = self._lines.get(owner)
-        return 0 if line is None else len(line.jobs)
-
     def by_owner(self) -> dict[OwnerId, int]:
         """How many jobs of each owner wait."""
         return {owner: len(line.jobs) for owner, line in self._lines.items() if line.jobs}

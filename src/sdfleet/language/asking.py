@@ -31,7 +31,6 @@ Door = Literal[
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
 ]
-Capability = Literal["completion", "tools", "vision", "thinking", "insert", "embedding", "transcription"]
 
 # Having models come and go: what an Ollama can, and whoever asks has said yes to.
 MANAGING: frozenset[Door] = frozenset({"/api/pull", "/api/delete"})

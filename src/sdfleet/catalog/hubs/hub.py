@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal, Protocol, assert_never
 
-from sdfleet.errors import HubRateLimited, HubUnreachable
+from sdfleet.errors import HubRateLimited, HubUnreachable, TokenNeeded
 
 Source = Literal["hf", "modelscope"]
 TITLES: Mapping[Source, str] = {"hf": "Hugging Face", "modelscope": "ModelScope"}
@@ -129,6 +129,16 @@ def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) ->
             pass
     found = re.search(r"\bt=(\d{1,6})", headers.get("ratelimit", ""))
     return float(found[1]) if found else DEFAULT_RETRY_S
+
+
+def token_needed(message: str, access: Access, *, hint: str) -> TokenNeeded:
+    """The error of a hub that wants a token. hint: how to get one; there may be one that a mirror is not sent."""
+    if access.token is None:
+        return TokenNeeded(message, hint=hint)
+    return TokenNeeded(
+        f"{message}, and tokens are not sent to the mirror {access.endpoint}",
+        hint="set SD_TOKEN_TO_MIRROR=true if you trust it, or use the official address",
+    )
 
 
 def rate_limited(source: Source, wait_s: float) -> HubRateLimited:

@@ -19,6 +19,7 @@ from sdfleet.catalog.hubs.hub import (
     Transfer,
     rate_limited,
     retry_after_s,
+    token_needed,
     unreachable,
 )
 from sdfleet.errors import (
@@ -28,7 +29,6 @@ from sdfleet.errors import (
     RepositoryGone,
     RepositoryNotFound,
     SdfleetError,
-    TokenNeeded,
     TokenRefused,
     TokenTooNarrow,
 )
@@ -168,14 +168,9 @@ class HuggingFace:
         return unreachable(self.source, self.endpoint, f"it answered with status {status}")
 
     def _token_needed(self, repo_id: str, message: str) -> SdfleetError:
-        if self._access.token is not None:
-            # There is a token, and it was kept back.
-            return TokenNeeded(
-                f"{message}, and tokens are not sent to the mirror {self.endpoint}",
-                hint="set SD_TOKEN_TO_MIRROR=true if you trust it, or use the official address",
-            )
-        return TokenNeeded(
+        return token_needed(
             message,
+            self._access,
             hint=f"make a token at https://huggingface.co/settings/tokens, set HF_TOKEN, accept the licence at "
             f"{self._page(repo_id)}",
         )

@@ -19,6 +19,7 @@ from sdfleet.catalog.hubs.hub import (
     Transfer,
     rate_limited,
     retry_after_s,
+    token_needed,
     unreachable,
 )
 from sdfleet.errors import (
@@ -26,7 +27,6 @@ from sdfleet.errors import (
     LicenceNotAccepted,
     RepositoryNotFound,
     SdfleetError,
-    TokenNeeded,
     TokenRefused,
 )
 
@@ -132,14 +132,9 @@ class ModelScope:
         )
 
     def _token_needed(self, repo_id: str) -> SdfleetError:
-        message = f"ModelScope does not give {repo_id} without a token: it is gated, private or misspelt"
-        if self._access.token is not None:
-            return TokenNeeded(
-                f"{message}, and tokens are not sent to the mirror {self.endpoint}",
-                hint="set SD_TOKEN_TO_MIRROR=true if you trust it, or use the official address",
-            )
-        return TokenNeeded(
-            message,
+        return token_needed(
+            f"ModelScope does not give {repo_id} without a token: it is gated, private or misspelt",
+            self._access,
             hint="check the name; make a token at https://modelscope.cn/my/myaccesstoken, set MODELSCOPE_API_TOKEN",
         )
 
