@@ -19,22 +19,12 @@ from sdfleet.errors import OutOfMemory
 # block of a network that is at work and the next, see by_layer.py.
 Residency = Literal["all", "by_phase", "by_layer"]
 
+# In this order after an out-of-memory; each is tried once for the step that failed, `fewer_rows` until one picture is
+# left. `smaller_picture` changes what the user gets, so it is taken only by a request that allows it.
 Rung = Literal[
     "fewer_rows", "drop_idle_components", "tile_vae", "offload_text_encoders", "offload_all", "offload_layers",
     "smaller_picture",
 ]  # fmt: skip
-# In this order after an out-of-memory; each is tried once for the step that failed, `fewer_rows` until one picture is
-# left. `smaller_picture` changes what the user gets, so it is taken only by a request that allows it.
-LADDER: tuple[Rung, ...] = (
-    "fewer_rows",
-    "drop_idle_components",
-    "tile_vae",
-    "offload_text_encoders",
-    "offload_all",
-    "offload_layers",
-    "smaller_picture",
-)
-
 # Kept free for what is not counted: the allocator's rounding, library workspaces, the system itself.
 _HEADROOM = 0.10
 
