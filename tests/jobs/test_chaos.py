@@ -113,6 +113,7 @@ def check(folder: Path, heard: Heard, *, n_jobs: int) -> None:
     assert files.usage().n_files == sum(job.request.n_images for job in jobs), "a file that belongs to no job"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_fifty_jobs_survive_a_server_that_is_killed_at_random_moments(tmp_path: Path, seed: int) -> None:
     undisturbed = Heard()
