@@ -158,6 +158,26 @@ def test_a_full_disk_at_a_node_keeps_no_picture_back(tmp_path: Path, monkeypatch
     play(story)
 
 
+def test_a_node_that_ends_right_after_a_picture_leaves_it_on_its_disk(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with fleet_of(tmp_path, n1=0.1) as fleet, fleet.router() as router:
+            node = fleet.nodes["n1"]
+            assert node.bulk is not None
+            assert node.it is not None
+            node.bulk.drops = lambda _: True
+            job = await router.submit()
+            while not node.it._spool.all():  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            assert node.spooled == []
+            await node.kill()
+            assert [path.name.partition(".")[0] for path in node.spooled] == [job.id]
+            await node.start()
+            assert (await router.desk.wait(job.id)).state == "done"
+            assert node.drawn == [job.id]
+
+    play(story)
+
+
 def _full(_: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -328,8 +328,10 @@ class Node:
         if len(packed) > CHUNK_BYTES:  # a smaller one is there as soon as its news
             await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
         self._changed()
-        await asyncio.sleep(KEEP_S)
-        await asyncio.to_thread(self._spool.keep, spooled)
+        try:
+            await asyncio.sleep(KEEP_S)
+        finally:  # also where the node ends meanwhile
+            await asyncio.to_thread(self._spool.keep, spooled)
 
     async def _drawn(self, job: Task) -> ImageResult:
         run = job.run
