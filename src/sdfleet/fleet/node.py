@@ -65,8 +65,6 @@ NEWS_EVERY_S = 0.25
 BEAT_SOON_S = 0.05
 # How often a changed set of models is looked for.
 MODELS_EVERY_S = 5.0
-# What the router has stored by then needs no disk here. Who is killed meanwhile has drawn it in vain.
-KEEP_S = 0.05
 _AGAIN_S = 1.0
 # Spooled jobs that one heartbeat names; those that are not come when these have been fetched.
 MOST_NAMED = 1000
@@ -126,6 +124,8 @@ class Node:
         self._moved = asyncio.Event()
         self._has_news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Results on their way to the disk.
+        self._keeping: set[asyncio.Future[None]] = set()
         self._orders: dict[str, asyncio.Task[None]] = {}
         self.is_leaving = False
 
@@ -159,8 +159,8 @@ class Node:
             await self._speaker.close()
             for task in list(self._tasks):
                 task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            if unended := {*self._tasks, *self._keeping}:
+                await asyncio.wait(unended)
             for ear in heard:
                 await ear.close()
         raise AssertionError
@@ -307,6 +307,8 @@ class Node:
         """A job from its acceptance to its place in the spool; whatever happens, it has an outcome."""
         outcome: Outcome
         try:
+            if self._keeping:  # who is killed loses one picture, not the one before it too
+                await asyncio.wait(self._keeping)
             outcome = await self._drawn(job)
         except SdfleetError as exc:
             outcome = Failure(job_id=job.run.job, error=exc)
@@ -321,6 +323,9 @@ class Node:
             packed = await packed_or_failed(outcome)
             spooled = self._spool.put(job.run.job, job.run.lease, packed, is_failure=isinstance(outcome, Failure))
             self._shipping.nudge(job.run.job)
+            keeping = asyncio.ensure_future(asyncio.to_thread(self._spool.keep, spooled))
+            self._keeping.add(keeping)
+            keeping.add_done_callback(self._keeping.discard)
             await self._room_beside(spooled)
         finally:
             # The slot is free when the computing has ended, whenever the last byte has left the house.
@@ -328,10 +333,6 @@ class Node:
         if len(packed) > CHUNK_BYTES:  # a smaller one is there as soon as its news
             await self._say(job, JobNews(job=job.run.job, lease=job.run.lease, seq=self._next(job), phase="computed"))
         self._changed()
-        try:
-            await asyncio.sleep(KEEP_S)
-        finally:  # also where the node ends meanwhile
-            await asyncio.to_thread(self._spool.keep, spooled)
 
     async def _drawn(self, job: Task) -> ImageResult:
         run = job.run
