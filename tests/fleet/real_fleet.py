@@ -179,19 +179,12 @@ class RealFleet:
         """What any process called an error, or said in no known form and with a traceback."""
         programs = [self.router, *self.nodes.values()]
         told = [json.dumps(r) for p in programs for r in p.records() if r.get("level") in {"error", "critical"}]
-        texts = {p.words[0]: _UVLOOPS_OWN.sub("", p.log.read_text()) for p in programs}
-        return told + [name for name, text in texts.items() if re.search(r"^Traceback", text, re.MULTILINE)]
+        return told + [p.words[0] for p in programs if re.search(r"^Traceback", p.log.read_text(), re.MULTILINE)]
 
     def spooled(self) -> list[Path]:
         """Finished jobs that lie at the nodes."""
         return [path for name in self.nodes for path in (self.folder / name).rglob("spool/*") if path.is_file()]
 
-
-# uvloop prints this when its peer, a broker that is killed, goes in the middle of TLS's first words; the connection's
-# owner hears of it in the ordinary way, and tries again.
-_UVLOOPS_OWN = re.compile(
-    r"^Traceback[^{]*?RuntimeError: unable to perform operation on <TCPTransport closed=True[^\n]*\n", re.MULTILINE
-)
 
 _ENV: dict[str, object] = {
     "SD_LOG_JSON": 1, "SD_LOG_LEVEL": "info", "SD_DISCOVERY": "false", "SD_THREADS": 1, "SD_DEVICE": "cpu",

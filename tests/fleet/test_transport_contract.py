@@ -81,6 +81,25 @@ def test_after_a_flush_the_broker_has_read_what_was_said_before_it(tmp_path: Pat
     asyncio.run(main())
 
 
+def test_a_broker_that_goes_while_tls_begins_is_no_fault_and_other_faults_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with world("nats", tmp_path / "broker") as here:
+            await here.bus("alice")
+            loop = asyncio.get_running_loop()
+            for words in (
+                "unable to perform operation on <TCPTransport closed=True>; the handler is closed",
+                "another",
+            ):
+                loop.call_exception_handler({"message": "Exception in callback", "exception": RuntimeError(words)})
+
+    asyncio.run(main())
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info and record.exc_info[1]] == [
+        ("another",)
+    ]
+
+
 def test_wildcards_cover_what_they_should_and_nothing_else(play: Callable[[Test], None]) -> None:
     async def test(here: World) -> None:
         alice, bob = await here.bus("alice"), await here.bus("bob")

@@ -87,6 +87,7 @@ async def connect(
         options |= {"nkeys_seed_str": credentials.seed} if credentials.seed else {}
         options |= {"user": credentials.user, "password": credentials.password} if credentials.user else {}
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_heed)
     end_s = loop.time() + within_s
     n_refused = 0
     while True:
@@ -109,6 +110,18 @@ async def connect(
             client.options["allow_reconnect"] = True
             bus.client = client
             return bus
+
+
+def _heed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """As the loop does by itself, but for a broker that goes in the middle of TLS's first words.
+
+    uvloop then meets its own closed transport in a callback; the client hears of the lost connection and tries again.
+    """
+    exc = context.get("exception")
+    if isinstance(exc, RuntimeError) and "the handler is closed" in str(exc):
+        log.info("the broker went while a connection to it began", extra={"why": str(exc)[:200]})
+        return
+    loop.default_exception_handler(context)
 
 
 async def _ended(client: Client) -> None:

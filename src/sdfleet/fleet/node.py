@@ -351,11 +351,12 @@ class Node:
 
     async def _room_beside(self, spooled: Spooled) -> None:
         """Return when this outcome leaves room for others in memory; a full disk may keep its slot taken for long."""
+        if not self._spool.has_room and self._keeping:
+            await asyncio.wait(self._keeping)  # one outcome must not be written by two at once
         while not self._spool.has_room and self._spool.is_in_memory(spooled):
+            log.warning("finished jobs fill the disk and the memory: no more is drawn until some have left")
+            await asyncio.sleep(_AGAIN_S)
             await asyncio.to_thread(self._spool.keep, spooled)
-            if self._spool.is_in_memory(spooled):
-                log.warning("finished jobs fill the disk and the memory: no more is drawn until some have left")
-                await asyncio.sleep(_AGAIN_S)
 
     # -------------------------------------------------------------------------------------------------- what it tells
 
