@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -53,16 +54,19 @@ def test_ten_thousand_idle_connections_cost_little_and_health_answers(tmp_path: 
             server = psutil.Process(one.process.pid)
             n_files, n_bytes = server.num_fds(), server.memory_info().rss
             address = ("127.0.0.1", int(one.url.rpartition(":")[2]))
+            let_go = select.poll()
             for i in range(n_idle):
                 connection = idle.enter_context(socket.create_connection(address, timeout=PATIENCE_S))
+                let_go.register(connection, select.POLLIN)
                 if i % 3 == 1:
                     connection.sendall(b"GET /health HT")
                 elif i % 3 == 2:
                     connection.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
                 if i % 1000 == 0:
                     assert client.get("/health").status_code == 200
-            # Some still wait in the kernel to be accepted.
-            _asked_until(client, lambda: server.num_fds() >= n_files + n_idle)
+            # Some still wait in the kernel to be accepted. A busy machine may take so long to open them all that the
+            # server has already hung up on the first, as it should on a head or body that does not come.
+            _asked_until(client, lambda: server.num_fds() + len(let_go.poll(0)) >= n_files + n_idle)
             assert server.memory_info().rss - n_bytes < n_idle * 64 * 1024
             idle.close()
             _asked_until(client, lambda: server.num_fds() <= n_files + 50)
