@@ -29,9 +29,8 @@ BROAD_HANDLERS = {
     "doctor/examining.py": 1,  # one check falls over and says so, the others are told
     "engine/child.py": 1,  # the parent hears why the process ends
     "engine/engine.py": 2,  # one picture fails, its neighbours go on: a call for several, an action for one
-    "fleet/bus_nats.py": 1,  # one message fails, the others go on
     "fleet/node.py": 1,  # one job fails with its cause, and the router hears it
-    "fleet/transport_memory.py": 1,  # the same
+    "fleet/transport.py": 1,  # one message fails, the others go on
     "jobs/drawer.py": 1,  # one job fails, the others go on
     "jobs/webhooks.py": 1,  # one delivery is given up, the others go on
 }

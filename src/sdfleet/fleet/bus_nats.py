@@ -17,7 +17,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from sdfleet.errors import StoreUnavailable
-from sdfleet.fleet.transport import Handler, Incoming, NoAnswer
+from sdfleet.fleet.transport import Handler, Incoming, NoAnswer, hand_over
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +175,7 @@ class NatsBus:
         async def take(message: Msg) -> None:
             if not message.data and "Status" in (message.headers or {}):
                 return  # the server's own word: nobody listened where this would have been answered
-            try:
-                await handler(_incoming(message))
-            except Exception:  # one message fails, the others go on
-                log.exception("a message met a fault of ours", extra={"subject": message.subject})
+            await hand_over(_incoming(message), handler)
 
         try:
             heard = await self.client.subscribe(subject, cb=take, pending_bytes_limit=PENDING_BYTES)

@@ -6,12 +6,15 @@ one process, and `transport_nats`, a NATS server with JetStream.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sdfleet.domain import JobId
 from sdfleet.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 
 class NoAnswer(Exception):
@@ -36,6 +39,14 @@ class Incoming:
 
 # Called on the event loop for each message, one after the other for each subscription.
 Handler = Callable[[Incoming], Awaitable[None]]
+
+
+async def hand_over(message: Incoming, handler: Handler) -> None:
+    """Let a handler take a message. A fault of the handler is logged and raised to nobody: the next ones still come."""
+    try:
+        await handler(message)
+    except Exception:  # one message fails, the others go on
+        log.exception("a message met a fault of ours", extra={"subject": message.subject})
 
 
 class Subscription(Protocol):

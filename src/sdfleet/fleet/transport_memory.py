@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sdfleet.domain import JobId
 from sdfleet.errors import StoreUnavailable
-from sdfleet.fleet.transport import HOLD_S, REIGN_S, Entry, Handler, Incoming, LedgerFull, NoAnswer, Reign
-
-log = logging.getLogger(__name__)
+from sdfleet.fleet.transport import HOLD_S, REIGN_S, Entry, Handler, Incoming, LedgerFull, NoAnswer, Reign, hand_over
 
 
 def matches(pattern: str, subject: str) -> bool:
@@ -205,10 +202,7 @@ class _Ear:
                 await asyncio.sleep(due_s - loop.time())
             if not self._bus.is_connected or self._bus.drops(message.subject):
                 continue
-            try:
-                await self._handler(message)
-            except Exception:  # one message fails, the others go on
-                log.exception("a message met a fault of ours", extra={"subject": message.subject})
+            await hand_over(message, self._handler)
 
     async def close(self) -> None:
         self._bus.deaf(self)
