@@ -117,7 +117,7 @@ def predicted(case: Case, folder: Path, book: Path, budget_s: float) -> dict[str
     speed = SpeedBook(device, book)
     speed.learn(calls, budget_s=budget_s)
     speed.save()
-    seconds = {}
+    seconds = {"was_busy": float(speed.was_busy)}
     for name, work in works.items():
         estimate = speed.estimate(work.calls, n_views=work.n_views)
         seconds[f"{name}_s"] = 0.0 if estimate is None else estimate.seconds
@@ -261,6 +261,8 @@ def _print(row: dict[str, Any], *, is_first: bool) -> None:
     cells = [_cell(told["peak"] / 1e6, seen["peak"] / 1e6, digits=0)]
     cells += [_cell(told[name], seen[name], digits=3) for name in ("step_s", "decode_s", "picture_s")]
     print(f"| {row['case']} | {' | '.join(cells)} | {told['looked_s']:.1f} + {told['took_s'] - told['looked_s']:.1f} |")
+    if told["was_busy"]:
+        print("other programs had the processors while operations were timed: these times say little")
 
 
 def _cell(told: float, seen: float, *, digits: int) -> str:

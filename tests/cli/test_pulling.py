@@ -56,6 +56,16 @@ def test_a_plan_says_the_memory_of_each_mode_and_format(run: Run) -> None:
     assert by_mode["fast", "float32"]["peak_bytes"] > fast["peak_bytes"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("online")
+def test_without_a_hub_a_plan_still_says_what_a_picture_takes_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_HF_ENDPOINT", "http://127.0.0.1:9")
+    answer = run("models", "plan", "sd15")
+    assert answer.code == 1
+    assert "one picture of 512x512 here takes" in answer.out
+    assert "cannot be reached" in answer.err
+
+
 def test_a_published_model_is_shown_before_it_is_here(run: Run) -> None:
     shown = run("models", "show", "x/z-image-turbo")
     assert "licence: Apache-2.0" in shown.out

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from sdfleet.engine import speed
 from sdfleet.engine.devices import Device
 from sdfleet.engine.speed import SpeedBook
 from sdfleet.engine.tape import Call, Shaped
 
 CPU = Device(kind="cpu", dtype=torch.float32, vae_dtype=torch.float32, why="a test")
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else wants a processor."""
+    monkeypatch.setattr(speed, "_own_or_idle_s", lambda: time.perf_counter() * torch.get_num_threads())
 
 
 def shaped(*size: int) -> Shaped:
@@ -26,14 +35,32 @@ def linear(n_rows: int, width: int = 64) -> Call:
     return Call("aten.linear.default", (shaped(n_rows, width), shaped(width, width), None))
 
 
+@pytest.mark.usefixtures("quiet")
 def test_what_was_timed_once_is_known_to_the_next_process(tmp_path: Path) -> None:
     first = SpeedBook(CPU, tmp_path)
     first.learn([(linear(512), 10)], budget_s=30)
     first.save()
     known, again = (book.estimate({linear(512): 10}, n_views=0) for book in (first, SpeedBook(CPU, tmp_path)))
+    assert not first.was_busy
     assert known is not None
     assert known == again
     assert (known.measured_share, known.seconds > 0) == (1.0, True)
+
+
+def test_what_was_timed_beside_busy_programs_is_said_to_be_so_and_not_kept(tmp_path: Path) -> None:
+    n_busy = 4 * (os.cpu_count() or 1)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+    try:
+        book = SpeedBook(CPU, tmp_path)
+        book.learn([(linear(4096 + n, 512), 1) for n in range(400)], budget_s=1)
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
+    book.save()
+    assert book.estimate({linear(512): 10}, n_views=0) is not None
+    assert book.was_busy
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_measurement_nothing_is_said(tmp_path: Path) -> None:
@@ -87,6 +114,7 @@ def test_long_operations_are_timed_on_a_part(whole: Call, factor: float) -> None
     assert light.arguments[0].n * times == pytest.approx(whole.arguments[0].n, rel=0.01)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_torn_file_is_measured_anew(tmp_path: Path) -> None:
     book = SpeedBook(CPU, tmp_path)
     book.learn([(linear(64), 1)], budget_s=30)
@@ -104,4 +132,4 @@ def test_the_benchmark_of_the_planner_finds_it_near_at_toy_size() -> None:
         told, seen = row["predicted"], row["measured"]
         # The allocator's gaps differ by a tenth or two from run to run; of the time, other programs take their part.
         assert 0.6 < told["peak"] / seen["peak"] < 1.6, row
-        assert 0.1 < told["step_s"] / seen["step_s"] < 5, row
+        assert told["was_busy"] or 0.1 < told["step_s"] / seen["step_s"] < 5, row

@@ -47,11 +47,19 @@ def plan(
     with console.answering(as_json=as_json):
         from sdfleet import compose
         from sdfleet.catalog.download import facts_of, plan_download
+        from sdfleet.errors import HubOffline, HubUnreachable
 
         settings = console.start()
         catalog = compose.catalog(settings)
         card = catalog.card(name)
-        found = plan_download(card, compose.hub(settings, source), catalog.weights)
+        try:
+            found = plan_download(card, compose.hub(settings, source), catalog.weights)
+        except (HubOffline, HubUnreachable):
+            # What a picture takes here can be told without a hub.
+            needed = _forecast(card, settings) if memory and not as_json else None
+            for line in () if needed is None else [card.name, *_forecast_lines(card, needed)]:
+                console.say(line)
+            raise
         needed = _forecast(card, settings) if memory else None
         if as_json:
             console.say_json(facts_of(found) | ({} if needed is None else needed.to_json()))
@@ -296,6 +304,10 @@ def _forecast_lines(card: Card, found: Forecast) -> list[str]:
             f"    about {told.picture_s:.3g} s in {told.dtype}: {told.steps} steps of {told.step_s:.3g} s, "
             f"decoding {told.decode_s:.3g} s; this machine's speed was measured, the model was not"
         )
+        if told.was_busy:
+            lines.append(
+                "    other programs kept the processors busy meanwhile: likely it takes less; plan again when they rest"
+            )
     return lines
 
 

@@ -63,6 +63,7 @@ class PictureTime:
     """Predicted seconds of one picture alone: reading the prompts, one step, decoding.
 
     measured_share: [0, 1], how much of it rests on operations that were timed on this machine one by one.
+    was_busy: other programs had the processors meanwhile: likely it takes less, and the next plan measures again.
     """
 
     dtype: str
@@ -71,6 +72,7 @@ class PictureTime:
     step_s: float
     decode_s: float
     measured_share: float
+    was_busy: bool = False
 
     @property
     def picture_s(self) -> float:
@@ -179,6 +181,7 @@ def picture_time(
         step_s=step.seconds,
         decode_s=decode.seconds,
         measured_share=sum(part.measured_share * part.seconds * n for part, n in weighed) / total_s,
+        was_busy=book.was_busy,
     )
 
 

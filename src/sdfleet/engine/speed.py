@@ -4,7 +4,8 @@ tape.py says which operations a call makes, with their shapes. Every different o
 numbers and timed; what takes long is timed on a part of itself (fewer rows of a matrix, fewer lines of a picture, fewer
 heads), as the time grows in step with those. Times are kept in a file of this machine, so a model or a size that shares
 operations with one that was asked about before costs nothing. Whatever there is no time left to measure is put in at
-the rate of its own kind.
+the rate of its own kind. Where other programs had the processors meanwhile, what was timed is too long (fourteen times,
+once, beside two of them on two cores): it is used, with a word, and not kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import psutil
 import torch
 
 from sdfleet.engine.attention import attention
@@ -38,6 +40,10 @@ _LEAST_HEADS = 2
 # One operation is repeated for this long.
 _REPEAT_S = 0.02
 _MOST_REPEATS = 20
+# Of as many processors as there are threads, the share that others may take before what was timed is not believed. The
+# system counts in hundredths of a second: of a shorter time than this nothing can be said.
+_MOST_TAKEN = 0.2
+_LEAST_WATCHED_S = 0.5
 # Larger results than this are not made only to be timed.
 _MOST_BYTES = 2**30
 # What a view costs, in the time of Python and torch's own bookkeeping (measured on a Xeon, 2026-11-21; of 1000 views
@@ -78,14 +84,21 @@ class SpeedBook:
         self._file = None if folder is None else folder / f"{_machine(device)}.json"
         self._known: dict[str, _Timed] = {}
         self._is_changed = False
+        self._was_busy = False
         self._read()
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other programs took processors that `learn` needed: its times are too long, and are not kept."""
+        return self._was_busy
 
     def learn(self, calls: Iterable[tuple[Call, int]], *, budget_s: float) -> None:
         """Time what is not known yet until `budget_s` seconds are spent: the heaviest of each sort, then the others.
 
         So that what there is no time for can be put in at the rate of its own sort.
         """
-        ends_s = time.perf_counter() + budget_s
+        begun_s, begun_with_s = time.perf_counter(), _own_or_idle_s()
+        ends_s = begun_s + budget_s
         unknown: dict[str, tuple[float, Call]] = {}
         for call, n in calls:
             light, factor = self._lightened(call)
@@ -100,6 +113,10 @@ class SpeedBook:
                 break
             self._known[name] = _Timed(_sort(light), _heaviness(light), self._timed(light))
             self._is_changed = True
+        passed_s = time.perf_counter() - begun_s
+        if passed_s > _LEAST_WATCHED_S and self._device.kind == "cpu":
+            n_ours = (_own_or_idle_s() - begun_with_s) / passed_s
+            self._was_busy = n_ours < (1 - _MOST_TAKEN) * torch.get_num_threads()
 
     def estimate(self, calls: Mapping[Call, int], *, n_views: int) -> Estimate | None:
         """What these operations take together; None where nothing like them was ever timed."""
@@ -120,8 +137,8 @@ class SpeedBook:
         return Estimate(seconds=total_s, measured_share=1.0 if total_s == 0 else 1 - guessed_s / total_s)
 
     def save(self) -> None:
-        """Keep what was timed, with what another process kept meanwhile."""
-        if self._file is None or not self._is_changed:
+        """Keep what was timed in quiet, with what another process kept meanwhile."""
+        if self._file is None or not self._is_changed or self._was_busy:
             return
         self._read()
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +195,12 @@ class SpeedBook:
             if now_s - begun_s > _REPEAT_S:
                 break
         return best_s
+
+
+def _own_or_idle_s() -> float:
+    """Seconds that this machine's processors worked for this process or not at all, since some time."""
+    told = psutil.cpu_times()
+    return time.process_time() + float(told.idle) + float(getattr(told, "iowait", 0.0))
 
 
 def _fewer_rows(call: Call, times_too_many: float) -> tuple[Call, float]:
