@@ -15,7 +15,7 @@ from tests.api.serving import Running
 
 
 @pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
+def clients_are_closed() -> Iterator[None]:
     """The clients of a test are closed after it: they have no `close` of their own."""
     yield
     while _CLIENTS:

@@ -29,7 +29,10 @@ from tests.api import (
     test_openai_stream,
 )
 from tests.api.serving import Running, running
+from tests.api.test_ollama import clients_are_closed
 from tests.fleet.houses import PLACE, RouterInMemory
+
+__all__ = ["clients_are_closed"]
 
 DIALECTS: tuple[ModuleType, ...] = (
     test_a1111, test_herd, test_jobs, test_native, test_ollama, test_openai_clients, test_openai_edits,
