@@ -210,7 +210,7 @@ export const text = {
         ["To accept first", plan.is_gated ? "yes, at its page" : null],
         ["Memory for a picture", plan.memory?.length ? size((plan.memory.find((need) => need.fits) ?? plan.memory[0]).peak_bytes) : null],
         ["Fits this machine", plan.memory?.length ? (plan.memory.some((need) => need.fits) ? "yes" : `no: ${plan.memory[0].why}`) : null],
-        ["A picture here takes", plan.time?.picture_s ? `about ${time(plan.time.picture_s)}` : null],
+        ["A picture here takes", plan.time?.picture_s ? `about ${time(plan.time.picture_s)}${plan.time.was_busy ? ", likely less: this machine was busy when it was measured" : ""}` : null],
         ["Into", plan.folder],
       ].filter(([, value]) => value !== null),
 
