@@ -63,6 +63,31 @@ def test_what_was_timed_beside_busy_programs_is_said_to_be_so_and_not_kept(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quiet")
+def test_what_is_known_is_not_said_to_be_timed_beside_busy_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = SpeedBook(CPU, tmp_path)
+    first.learn([(linear(512), 1)], budget_s=30)
+    first.save()
+    monkeypatch.setattr(speed, "_LEAST_WATCHED_S", 0.0)
+    monkeypatch.setattr(speed, "_own_or_idle_s", lambda: 0.0)  # others have it all
+    second, other = SpeedBook(CPU, tmp_path), SpeedBook(CPU, None)
+    for book in (second, other):
+        book.learn([(linear(512), 1)], budget_s=30)
+    assert (second.was_busy, other.was_busy) == (False, True)
+
+
+def test_more_threads_than_processors_are_no_busy_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_LEAST_WATCHED_S", 0.0)
+    monkeypatch.setattr(speed, "_own_or_idle_s", time.perf_counter)  # the one processor is ours
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    book = SpeedBook(CPU, None)
+    book.learn([(linear(512), 1)], budget_s=30)
+    assert not book.was_busy
+
+
 def test_without_a_measurement_nothing_is_said(tmp_path: Path) -> None:
     book = SpeedBook(CPU, tmp_path)
     book.learn([(linear(512), 1)], budget_s=0)

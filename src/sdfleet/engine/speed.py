@@ -114,9 +114,11 @@ class SpeedBook:
             self._known[name] = _Timed(_sort(light), _heaviness(light), self._timed(light))
             self._is_changed = True
         passed_s = time.perf_counter() - begun_s
-        if passed_s > _LEAST_WATCHED_S and self._device.kind == "cpu":
+        if self._is_changed and passed_s > _LEAST_WATCHED_S and self._device.kind == "cpu":
             n_ours = (_own_or_idle_s() - begun_with_s) / passed_s
-            self._was_busy = n_ours < (1 - _MOST_TAKEN) * torch.get_num_threads()
+            # A machine with fewer processors than we were given threads has no more to give.
+            n_needed = min(torch.get_num_threads(), os.cpu_count() or 1)
+            self._was_busy = n_ours < (1 - _MOST_TAKEN) * n_needed
 
     def estimate(self, calls: Mapping[Call, int], *, n_views: int) -> Estimate | None:
         """What these operations take together; None where nothing like them was ever timed."""
