@@ -158,6 +158,18 @@ def test_what_huggingface_hub_says_of_a_gated_model_is_understood(tmp_path: Path
     assert explain(said)[0].entry.id == name, said
 
 
+@pytest.mark.parametrize("request_id", ["", " (Request ID: Root=1-6740140a-34034010;40117403)"])
+@pytest.mark.parametrize("address", ["127.0.0.1:34011", "127.0.0.1:40301", "hub/Toy-401", "hub/Toy-403"])
+@pytest.mark.parametrize(("status", "name"), [(401, "token-needed"), (403, "licence-not-accepted")])
+def test_only_the_status_of_a_gated_model_counts(status: int, name: str, address: str, request_id: str) -> None:
+    said = (
+        f"GatedRepoError: {status} Client Error.{request_id}\n\n"
+        f"Cannot access gated repo for url http://{address}/resolve/main/model_index.json.\n"
+        "Access to model is restricted."
+    )
+    assert explain(said)[0].entry.id == name
+
+
 @pytest.mark.usefixtures("online")
 def test_what_huggingface_hub_says_of_a_missing_model_is_understood(tmp_path: Path) -> None:
     from huggingface_hub import HfApi

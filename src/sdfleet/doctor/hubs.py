@@ -202,7 +202,7 @@ ENTRIES = (
         cure="unset the variable, or set it like http://user:password@proxy:3128",
         check=proxy,
         limit_s=20.0,
-        signs=(r"socksio", r"unknown scheme for proxy", r"407 proxy", r"invalid proxy"),
+        signs=(r"socksio", r"unknown scheme for proxy", r"\b407 proxy", r"invalid proxy"),
     ),
     Entry(
         id="token-needed",
@@ -213,9 +213,9 @@ ENTRIES = (
         "model's page",
         checked_by="hub-access",
         signs=(
-            r"gatedrepoerror.{0,40}401", r"401 client error.{0,300}(gated|access to model .{0,80} is restricted)",
+            r"gatedrepoerror\W{1,5}401\b", r"\b401 client error.{0,300}(gated|access to model .{0,80} is restricted)",
             r"must (have access to it and )?be authenticated", r"please log in", r"is given only to accounts",
-            r"cannot access gated repo.{0,300}401", r"does not give .{0,100} (to callers )?without a token",
+            r"does not give .{0,100} (to callers )?without a token",
         ),
         codes=("hub_token_needed",),
     ),
@@ -227,8 +227,8 @@ ENTRIES = (
         cure="open the model's page while logged in, accept the licence, then sdfleet models pull NAME again",
         checked_by="hub-access",
         signs=(
-            r"not in the authorized list", r"awaiting (a )?review", r"gatedrepoerror.{0,40}403", r"ask for access",
-            r"403 client error.{0,300}(gated|access to model .{0,80} is restricted)", r"has not accepted the licence",
+            r"not in the authorized list", r"awaiting (a )?review", r"gatedrepoerror\W{1,5}403\b", r"ask for access",
+            r"\b403 client error.{0,300}(gated|access to model .{0,80} is restricted)", r"has not accepted the licence",
             r"its licence is not accepted", r"licence_not_accepted",
         ),
         codes=("licence_not_accepted",),

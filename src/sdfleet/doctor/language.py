@@ -145,7 +145,7 @@ ENTRIES = (
         cure="SD_LANGUAGE_KEY=KEY, the one that the server was started with",
         check=key,
         limit_s=_LIMIT_S,
-        signs=(r"the server of the models? does not let us in", r"SD_LANGUAGE_KEY", r"401 from (vllm|lm studio)"),
+        signs=(r"the server of the models? does not let us in", r"SD_LANGUAGE_KEY", r"\b401 from (vllm|lm studio)"),
     ),
     Entry(
         id="language-protocol",

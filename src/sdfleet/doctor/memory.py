@@ -153,7 +153,7 @@ ENTRIES = (
         "or SD_MEMORY_MODE=eco",
         check=container,
         signs=(
-            r"killed by sigkill", r"\bexit code:? 137", r"\boomkilled\b", r"memory cgroup out of memory", r"oom-kill",
+            r"killed by sigkill", r"\bexit code:? 137\b", r"\boomkilled\b", r"memory cgroup out of memory", r"oom-kill",
             r"^killed$", r"returncode:? -9\b", r"exit code:? -9\b", r"sigkill is what a system out of memory",
         ),
         codes=("engine_died",),

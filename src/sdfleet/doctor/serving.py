@@ -228,7 +228,7 @@ ENTRIES = (
         cure="sdfleet serve --port 7861, or end the program that has it",
         check=port,
         signs=(
-            r"address already in use", r"errno (98|48)\b", r"winerror 100(48|13)", r"cannot be listened on",
+            r"address already in use", r"errno (98|48)\b", r"winerror 100(48|13)\b", r"cannot be listened on",
             r"only one usage of each socket address", r"port.{0,20}(already )?in use",
         ),
     ),
@@ -317,7 +317,7 @@ ENTRIES = (
         cure="curl http://127.0.0.1:7860/health on the server's machine; from a container use "
         "http://host.docker.internal:7860 and SD_HOST=0.0.0.0 with a key",
         checked_by="port-in-use",
-        signs=(r"connection refused", r"econnrefused", r"errno (111|61)\b", r"winerror 10061"),
+        signs=(r"connection refused", r"econnrefused", r"errno (111|61)\b", r"winerror 10061\b"),
     ),
     Entry(
         id="busy",
