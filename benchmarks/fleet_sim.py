@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from sdfleet.domain import JobId
@@ -317,7 +317,6 @@ class Ours(Policy):
             model=task.model,
             megapixels=SAME_SIZE,
             steps=max(1, round(task.work_s * 1000)),
-            created_s=now_s,
         )
         self.waiting[task.number] = job
         self.tasks[job.job_id] = task
@@ -341,7 +340,7 @@ class Ours(Policy):
         begun_s = time.process_time()
         begun: list[tuple[Task, Machine]] = []
         while True:
-            sent = self.placement.decide(self.waiting.values(), n_waiting=len(self.waiting), now_s=now_s)
+            sent = self.placement.decide(self.in_line(now_s), n_waiting=len(self.waiting), now_s=now_s)
             self.n_asked += 1
             for dispatch in sent:
                 task = self.tasks.pop(dispatch.job_id)
@@ -350,6 +349,10 @@ class Ours(Policy):
             if not sent:
                 self.cpu_s += time.process_time() - begun_s
                 return begun
+
+    def in_line(self, now_s: float) -> Iterator[WaitingJob]:
+        for job in self.waiting.values():
+            yield replace(job, waited_s=now_s - self.tasks[job.job_id].arrived_s)
 
     def snapshot(self, machine: Machine, now_s: float) -> Device:
         return Device(
@@ -607,14 +610,18 @@ def cost_of_decisions(n_devices: int, n_waiting: int, n_events: int, *, capacity
         return WaitingJob(job_id=JobId(str(next(numbers))), model=model, megapixels=work_s / 20, steps=20)
 
     waiting = {job.job_id: job for job in (new_job() for _ in range(min(n_waiting, 4000)))}
+    came_s = dict.fromkeys(waiting, 0.0)
     ends: list[tuple[float, JobId, DeviceId]] = []
 
     def event(now_s: float) -> int:
-        sent = placement.decide(waiting.values(), n_waiting=n_waiting, now_s=now_s)
+        in_line = (replace(job, waited_s=now_s - came_s[job.job_id]) for job in waiting.values())
+        sent = placement.decide(in_line, n_waiting=n_waiting, now_s=now_s)
         for one in sent:
             job = waiting.pop(one.job_id)
+            del came_s[one.job_id]
             fresh = new_job()
             waiting[fresh.job_id] = fresh
+            came_s[fresh.job_id] = now_s
             devices[one.device_id] = devices[one.device_id].with_job(one.running, evicts=one.evicts)
             draw_s = predictor.draw_s(one.device_id, job.model, units=job.units)
             end_s = now_s + one.running.load_left_s + draw_s * rng.lognormvariate(0.0, 0.25)

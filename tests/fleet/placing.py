@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from sdfleet.domain import JobId
@@ -48,6 +50,7 @@ class Fleet:
         self.waiting: list[WaitingJob] = []
         self.sent: list[Dispatch] = []
         self.ends: list[tuple[float, JobId, DeviceId]] = []
+        self.came_s: dict[JobId, float] = {}
         self.now_s = 0.0
         for one in devices:
             self.predictor.seed(one.device_id, speed=(speeds or {}).get(one.name, 1.0))
@@ -57,6 +60,7 @@ class Fleet:
 
     def add(self, *jobs: WaitingJob) -> list[Dispatch]:
         self.waiting += jobs
+        self.came_s.update(dict.fromkeys((one.job_id for one in jobs), self.now_s))
         return self.ask()
 
     def change(self, changed: Device) -> list[Dispatch]:
@@ -67,7 +71,7 @@ class Fleet:
     def ask(self) -> list[Dispatch]:
         """What is sent at this event."""
         found: list[Dispatch] = []
-        while sent := self.placement.decide(self.waiting, n_waiting=len(self.waiting), now_s=self.now_s):
+        while sent := self.placement.decide(self.in_line(), n_waiting=len(self.waiting), now_s=self.now_s):
             for one in sent:
                 self.waiting = [each for each in self.waiting if each.job_id != one.job_id]
                 changed = self.devices[one.device_id].with_job(one.running, evicts=one.evicts)
@@ -77,6 +81,9 @@ class Fleet:
             found += sent
         self.sent += found
         return found
+
+    def in_line(self) -> Iterator[WaitingJob]:
+        return (replace(one, waited_s=self.now_s - self.came_s[one.job_id]) for one in self.waiting)
 
     def next_end(self) -> list[Dispatch]:
         """The next job ends; what is sent then."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdfleet.domain import JobId
 from sdfleet.fleet.state import Device, DeviceId, Limits, LoadedModel, NodeId, RunningJob
 from sdfleet.fleet.walk import MAX_OVERTAKEN, MAX_PASSED, MAX_PASSED_PER_DEVICE
 from tests.fleet.placing import ALWAYS_S, GIB, MODEL_BYTES, Fleet, device, job, pairs
@@ -54,17 +56,83 @@ def test_six_equal_jobs_on_two_equal_idle_nodes_finish_in_the_ideal_time() -> No
     assert fleet.now_s <= 1.1 * 30.0
 
 
-def test_many_waiting_jobs_make_a_load_too_dear_that_few_would_pay_for() -> None:
-    def begin(n_others: int) -> list[tuple[str, str]]:
-        busy = device("busy", loaded=("a",))
-        running = RunningJob(
-            job_id=job("r").job_id, model="a", megapixels=1.0, n_pictures=1, picture_units_left=20.0, as_of_s=0.0
-        )
-        fleet = Fleet(replace(busy, running=(running,)), device("idle", loaded=("b",)))
-        return pairs(fleet.add(job("cold", "a"), *(job(f"c{n}", "c", work_s=1.0) for n in range(n_others))))
+def busy_for(name: str, left_s: float, *, as_of_s: float = 0.0, **more: Any) -> Device:
+    """A device with model a that is done with its job in `left_s`, at speed 1."""
+    running = RunningJob(
+        job_id=JobId(f"on {name}"), model="a", megapixels=1.0, n_pictures=1, picture_units_left=left_s, as_of_s=as_of_s
+    )
+    return replace(device(name, loaded=("a",), **more), running=(running,))
 
-    assert begin(0) == [("cold", "idle")]
-    assert ("cold", "idle") not in begin(20)
+
+def test_a_load_keeps_a_device_from_those_whose_model_is_there() -> None:
+    def begin(model: str, n_others: int) -> list[tuple[str, str]]:
+        fleet = Fleet(busy_for("busy", 20.0), device("idle", loaded=("b",)))
+        return pairs(fleet.add(job("cold", "a"), *(job(f"o{n}", model, work_s=1.0) for n in range(n_others))))
+
+    assert begin("b", 0) == [("cold", "idle")]
+    assert ("cold", "idle") not in begin("b", 20)
+    assert begin("a", 20) == [("cold", "idle")]
+
+
+def test_no_device_stands_idle_while_many_wait_for_a_model_that_it_could_load() -> None:
+    speeds = {"x": 8.0, "y": 4.0, "z": 1.0}
+    fleet = Fleet(*(device(name, loaded=("a" if name == "x" else "b",)) for name in speeds), speeds=speeds)
+    fleet.add(*(job(str(n)) for n in range(400)))
+    while fleet.ends:
+        fleet.next_end()
+    assert fleet.now_s <= 1.1 * 400 * 10 / sum(speeds.values())
+
+
+def test_where_many_wait_a_job_takes_an_idle_slower_device_and_is_slowed_by_so_much_at_most() -> None:
+    def first_on_slow(speed: float, n_jobs: int, **more: Any) -> bool:
+        fleet = Fleet(busy_for("fast", 8.0), device("slow", loaded=("a",)), speeds={"fast": 8.0, "slow": speed})
+        return ("0", "slow") in pairs(fleet.add(*(job(str(n), **more if n else {}) for n in range(n_jobs))))
+
+    # On the fast one it would be done in 1 + 1.25 s.
+    assert not first_on_slow(2.0, 1)  # 5 s
+    assert first_on_slow(2.0, 20)
+    assert not first_on_slow(1.0, 20)  # 10 s, more than three times as long
+    assert not first_on_slow(2.0, 20, priority=-1)  # an urgent one owes the others nothing
+
+
+def test_a_job_that_has_waited_long_may_be_slowed_by_more() -> None:
+    def begins(waited_s: float) -> list[tuple[str, str]]:
+        fleet = Fleet(busy_for("fast", 8.0), device("slow", loaded=("a",)), speeds={"fast": 8.0, "slow": 1.0})
+        fleet.now_s = waited_s
+        fleet.waiting = [job(str(n)) for n in range(20)]
+        fleet.came_s = {one.job_id: 0.0 for one in fleet.waiting}
+        fleet.change(replace(fleet.devices[DeviceId("fast")], running=busy_for("fast", 8.0, as_of_s=waited_s).running))
+        return [one for one in pairs(fleet.sent) if one[0] == "0"]
+
+    assert begins(0.0) == []
+    assert begins(10.0) == [("0", "slow")]  # 20 s in all, where it would have been 12.25
+
+
+def test_a_job_that_an_idle_device_would_slow_too_much_is_told_what_it_waits_for() -> None:
+    fleet = Fleet(busy_for("fast", 8.0), device("slow", loaded=("a",)), speeds={"fast": 8.0, "slow": 1.0})
+    why = fleet.placement.explain(job("0"), [job(str(n)) for n in range(20)], n_waiting=20, now_s=0.0)
+    assert why.text.startswith("waits 1.0 s for fast")
+    assert why.text.endswith("slow has room now but would need 10.0 s")
+
+
+def test_where_many_wait_a_job_joins_its_kind_on_a_slow_device_rather_than_have_a_fast_one_to_itself() -> None:
+    """Alone it takes the device for as long as it is drawn; sharing steps with one of its kind hardly does."""
+
+    def goes_to(n_jobs: int) -> str | None:
+        both = device("both", capacity=4, places=2, loaded=("a", "b"))
+        [of_a] = busy_for("both", 10.0).running
+        fleet = Fleet(
+            replace(both, running=(replace(of_a, model="b"),)),
+            busy_for("slow", 6.0, capacity=4),
+            speeds={"both": 1.0, "slow": 0.3},
+        )
+        for name, model in itertools.product(("both", "slow"), "ab"):
+            fleet.predictor.note_curve(DeviceId(name), model, {1: 1.0, 4: 1.3})
+            fleet.change(fleet.devices[DeviceId(name)])
+        return dict(pairs(fleet.add(*(job(str(n)) for n in range(n_jobs))))).get("0")
+
+    assert goes_to(1) is None  # it waits until `both` is free
+    assert goes_to(20) == "slow"
 
 
 def test_a_warm_job_overtakes_one_that_must_load_but_only_a_few_times() -> None:
@@ -111,7 +179,7 @@ def test_a_draining_device_finishes_what_it_has_and_gets_no_more() -> None:
 def test_a_device_that_cannot_have_a_job_never_gets_it_and_says_why(changed: Device, reason: str) -> None:
     fleet = Fleet(changed)
     assert fleet.add(job("j")) == []
-    why = fleet.placement.explain(job("j"), n_waiting=1, now_s=0.0)
+    why = fleet.placement.explain(job("j"), [job("j")], n_waiting=1, now_s=0.0)
     assert reason in why.text
     assert why.chosen is None
 

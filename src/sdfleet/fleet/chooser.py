@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from sdfleet.fleet.remote import FleetBackend
-from sdfleet.fleet.state import WaitingJob
+from sdfleet.fleet.state import NodeId, WaitingJob
 from sdfleet.jobs.queue import FairQueue, Waiting
 
 
@@ -43,7 +43,7 @@ class PlacedByFleet:
                 if not self._fleet.may_come(job):
                     self._fleet.offers().pop(job, None)  # it runs, or has ended
                 continue
-            self._fleet.assign(self._job(waiting), node, left_s=_left_s(waiting, now_s))
+            self._fleet.assign(self._job(waiting, now_s), node, left_s=_left_s(waiting, now_s))
             return waiting
         return None
 
@@ -53,7 +53,7 @@ class PlacedByFleet:
         def in_order() -> Iterator[WaitingJob]:
             yield from homeless
             for waiting in queue.in_order(now_s):
-                yield self._job(waiting)
+                yield self._job(waiting, now_s)
 
         sent = self._fleet.placement.decide(in_order(), n_waiting=len(queue) + len(homeless), now_s=self._fleet.now_s())
         for dispatch in sent:
@@ -64,18 +64,23 @@ class PlacedByFleet:
             elif not is_homeless:
                 self._fleet.untake(dispatch)
 
-    def _job(self, waiting: Waiting) -> WaitingJob:
-        return WaitingJob(
-            job_id=waiting.job_id,
-            model=waiting.model,
-            megapixels=waiting.megapixels,
-            steps=waiting.steps,
-            n_pictures=waiting.n_pictures,
-            priority=waiting.priority,
-            owner=waiting.owner,
-            created_s=waiting.arrived_s,
-            not_on=self._fleet.not_on(waiting.job_id),
-        )
+    def _job(self, waiting: Waiting, now_s: float) -> WaitingJob:
+        return in_line(waiting, not_on=self._fleet.not_on(waiting.job_id), now_s=now_s)
+
+
+def in_line(waiting: Waiting, *, not_on: frozenset[NodeId], now_s: float) -> WaitingJob:
+    """A job of the line as placement sees it. now_s: on the line's clock."""
+    return WaitingJob(
+        job_id=waiting.job_id,
+        model=waiting.model,
+        megapixels=waiting.megapixels,
+        steps=waiting.steps,
+        n_pictures=waiting.n_pictures,
+        priority=waiting.priority,
+        owner=waiting.owner,
+        waited_s=max(0.0, now_s - waiting.arrived_s),
+        not_on=not_on,
+    )
 
 
 def _left_s(waiting: Waiting, now_s: float) -> float | None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from sdfleet.catalog.hubs.hub import Source
 from sdfleet.domain import Job, JobId
 from sdfleet.errors import NotReady, from_wire
+from sdfleet.fleet.chooser import in_line
 from sdfleet.fleet.decisions import Why
 from sdfleet.fleet.join_code import JoinCode
 from sdfleet.fleet.members import Member
@@ -109,7 +110,7 @@ class Fleet:
         if job.state != "queued":
             return self._backend.why(job.id)
         return self._backend.placement.explain(
-            self._waiting_of(job), n_waiting=self._n_waiting(), now_s=self._backend.now_s()
+            self._waiting_of(job), self._jobs_in_line(), n_waiting=self._n_waiting(), now_s=self._backend.now_s()
         )
 
     def wait_s(self, *, model: str, megapixels: float, steps: int) -> float | None:
@@ -255,18 +256,13 @@ class Fleet:
 
     def _jobs_in_line(self) -> Iterator[WaitingJob]:
         yield from self._backend.homeless()
+        now_s = self._desk.now_s()
         for waiting in self._desk.in_line():
-            yield WaitingJob(
-                job_id=waiting.job_id,
-                model=waiting.model,
-                megapixels=waiting.megapixels,
-                steps=waiting.steps,
-                n_pictures=waiting.n_pictures,
-                not_on=self._backend.not_on(waiting.job_id),
-            )
+            yield in_line(waiting, not_on=self._backend.not_on(waiting.job_id), now_s=now_s)
 
     def _waiting_of(self, job: Job) -> WaitingJob:
-        return replace(like(job), not_on=self._backend.not_on(job.id))
+        waited_s = max(0.0, self._desk.now_s() - job.created_s)
+        return replace(like(job), waited_s=waited_s, not_on=self._backend.not_on(job.id))
 
 
 def like(job: Job) -> WaitingJob:
@@ -280,5 +276,4 @@ def like(job: Job) -> WaitingJob:
         n_pictures=asked.n_images,
         priority=job.submission.priority,
         owner=job.submission.caller.owner,
-        created_s=job.created_s,
     )

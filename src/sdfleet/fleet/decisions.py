@@ -3,7 +3,7 @@
 >>> mini = Candidate(device_id=DeviceId("m"), node_id=NodeId("m"), name="mini", draw_s=5.0)
 >>> tower = Candidate(device_id=DeviceId("t"), node_id=NodeId("t"), name="tower", load_s=8.6, draw_s=0.6, price_s=2.0)
 >>> sent_text(mini, [tower, mini], n_waiting=3)
-'mini: done in 5.0 s. tower would need 9.2 s (8.6 s of it loading, which would cost those who wait 2.0 s)'
+'mini: done in 5.0 s. tower would need 9.2 s (8.6 s of it loading; those who wait would lose 2.0 s)'
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Candidate:
     """One device for one job. All spans in seconds from `Why.made_s`.
 
     wait_s: until it could begin. load_s: loading its model, 0 if that is in memory. draw_s: drawing, with the
-    neighbours it would have. price_s: what the load costs all who wait, summed. neighbours_s: by how much the jobs
-    already there are delayed, summed.
+    neighbours it would have. price_s: by how much later those who wait are done, summed, because it takes this much of
+    the device; 0 where nobody else would have used it. neighbours_s: the same for the jobs already there.
     refused: why it cannot have the job, in words ("" if it can); then the numbers are 0.
     """
 
@@ -102,7 +102,7 @@ def sent_text(chosen: Candidate, candidates: Sequence[Candidate], *, n_waiting: 
     others = [one for one in candidates if one.device_id != chosen.device_id and not one.refused]
     if others:
         best = min(others, key=lambda one: one.cost_s)
-        return f"{text}. {best.name} would need {_rest(best)}"
+        return f"{text}. {best.name} would need {_rest(best, n_waiting=n_waiting)}"
     refused = [one for one in candidates if one.refused]
     if refused:
         return f"{text}. No other device can take it: {_refusals(refused)}"
@@ -120,7 +120,9 @@ def waiting_text(candidates: Sequence[Candidate], *, n_waiting: int) -> str:
         return f"{best.name} has room for it, other jobs come first: {_numbers(best, n_waiting=n_waiting)}"
     text = f"waits {best.wait_s:.1f} s for {best.name}: {_numbers(best, n_waiting=n_waiting)}"
     free = next((one for one in able[1:] if one.wait_s <= 0), None)
-    return text if free is None else f"{text}. {free.name} has room now but would need {_rest(free)}"
+    return (
+        text if free is None else f"{text}. {free.name} has room now but would need {_rest(free, n_waiting=n_waiting)}"
+    )
 
 
 def _numbers(one: Candidate, *, n_waiting: int) -> str:
@@ -130,13 +132,14 @@ def _numbers(one: Candidate, *, n_waiting: int) -> str:
     return text
 
 
-def _rest(one: Candidate) -> str:
+def _rest(one: Candidate, *, n_waiting: int) -> str:
     parts = []
     if one.wait_s:
         parts.append(f"{one.wait_s:.1f} s of it waiting")
     if one.load_s:
-        price = f", which would cost those who wait {one.price_s:.1f} s" if one.price_s else ""
-        parts.append(f"{one.load_s:.1f} s of it loading{price}")
+        parts.append(f"{one.load_s:.1f} s of it loading")
+    if one.price_s and n_waiting > 1:
+        parts.append(f"those who wait would lose {one.price_s:.1f} s")
     if one.neighbours_s:
         parts.append(f"jobs there would lose {one.neighbours_s:.1f} s")
     return f"{one.finish_s:.1f} s" + (f" ({'; '.join(parts)})" if parts else "")

@@ -7,12 +7,18 @@ whichever costs least by the curve the node has measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sdfleet.fleet.board import Seat, View
 from sdfleet.fleet.cost import Share, ends_s
 from sdfleet.fleet.decisions import Candidate
+from sdfleet.fleet.demand import Peers
 from sdfleet.fleet.state import WaitingJob
+
+# For the others' sake a job begins where it is done later than where it would be done first, but it never takes more
+# than this many times as long for it, from its acceptance on.
+MOST_SLOWED = 3.0
 
 
 class Offer(NamedTuple):
@@ -29,55 +35,91 @@ class Offer(NamedTuple):
     neighbours_s: float
     joins: bool
 
+    @property
+    def finish_s(self) -> float:
+        """Until its last picture is drawn."""
+        return self.wait_s + self.load_s + self.draw_s
 
-def offer_of(seat: Seat, job: WaitingJob, *, now_s: float, waiting_share: float) -> Offer:
-    """The cheapest way in which the device would draw the job. waiting_share: waiting jobs, over the fleet's speed."""
+
+def cheapest(offers: Iterable[tuple[Seat, Offer]], *, waited_s: float) -> tuple[Seat, Offer] | None:
+    """The best of these, but none that makes the job too slow for the others' sake; None of none.
+
+    waited_s: how long the job has waited already.
+    """
+    offers = list(offers)
+    best = min(offers, key=_cost_s, default=None)
+    if best is None or not _begins_warm(best[1]):
+        return best
+    fastest_s = min(offer.finish_s for _, offer in offers if not offer.load_s)
+    most_s = MOST_SLOWED * (waited_s + fastest_s) - waited_s
+    if best[1].finish_s <= most_s:
+        return best
+    return min((one for one in offers if not _begins_warm(one[1]) or one[1].finish_s <= most_s), key=_cost_s)
+
+
+def _cost_s(one: tuple[Seat, Offer]) -> float:
+    return one[1].cost_s
+
+
+def _begins_warm(offer: Offer) -> bool:
+    return offer.joins and not offer.load_s
+
+
+def offer_of(seat: Seat, job: WaitingJob, *, now_s: float, peers: Peers) -> Offer:
+    """The cheapest way in which the device would draw the job. peers: who waits beside it."""
     view = seat.plan or seat.now
     alone_s = job.picture_units * seat.unit_s(job.model)
-    load_s = price_s = 0.0
+    load_s = load_price_s = 0.0
     if job.model not in view.warm:
         load_s = seat.load_s(job.model)
-        price_s = load_s * waiting_share * seat.speed
+        load_price_s = peers.loading_s(load_s, view.warm, speed=seat.speed)
     wait_s = max(0.0, view.all_s - now_s)
     capacity = seat.device.capacity
     draw_s = alone_s if job.n_pictures == 1 else alone_s * seat.curve(job.model).stretch(job.n_pictures)
     is_idle = view.n_taken == 0
+    price_s = 0.0 if is_idle and not load_s else load_price_s + peers.drawing_s(draw_s, speed=seat.speed)
     best = Offer(wait_s + load_s + draw_s + price_s, wait_s, load_s, draw_s, price_s, 0.0, is_idle)
     if capacity == 1 or is_idle:
         return best
     if seat.has_room(view, job.n_pictures):
-        joined = _joined(seat, view, job, now_s=now_s, load_s=load_s, price_s=price_s)
+        joined = _joined(seat, view, job, now_s=now_s, load_s=load_s, peers=peers)
         # Where both cost the same it begins: a neighbour that should have ended and has not may take long yet.
         return best if joined is None or joined.cost_s > best.cost_s else joined
     # The next place that is free, among as many neighbours as there may be.
     open_s = max(view.open_s - now_s, 0.0)
-    full_s = alone_s * seat.curve(job.model).stretch(max(capacity, job.n_pictures))
+    n = max(capacity, job.n_pictures)
+    full_s = alone_s * seat.curve(job.model).stretch(n)
+    price_s = load_price_s + peers.drawing_s(full_s * job.n_pictures / n, speed=seat.speed)
     cost_s = open_s + load_s + full_s + price_s
     return best if cost_s >= best.cost_s else Offer(cost_s, open_s, load_s, full_s, price_s, 0.0, joins=False)
 
 
-def _joined(seat: Seat, view: View, job: WaitingJob, *, now_s: float, load_s: float, price_s: float) -> Offer | None:
+def _joined(seat: Seat, view: View, job: WaitingJob, *, now_s: float, load_s: float, peers: Peers) -> Offer | None:
     """Among those that draw now; None if its model does not fit beside theirs."""
     if (load_s or job.work_bytes) and seat.evictions(view, job, is_idle=False) is None:
         return None
     shares = view.shares_at(now_s)
-    before_s = sum(ends_s(shares))
+    before_s = ends_s(shares)
     *others, own_s = ends_s([*shares, seat.share_of(job)])
-    neighbours_s = max(0.0, sum(others) - before_s)
+    neighbours_s = max(0.0, sum(others) - sum(before_s))
+    # What it takes of the device is by how much later all is done: little where steps are shared, its whole drawing
+    # where two kinds take turns.
+    price_s = peers.drawing_s(max(own_s, *others) - max(before_s), speed=seat.speed)
+    if load_s:
+        price_s += peers.loading_s(load_s, view.warm, speed=seat.speed)
     return Offer(own_s + load_s + neighbours_s + price_s, 0.0, load_s, own_s, price_s, neighbours_s, joins=True)
 
 
-def offer_now(seat: Seat, job: WaitingJob, *, now_s: float, waiting_share: float) -> Offer | None:
+def offer_now(seat: Seat, job: WaitingJob, *, now_s: float, peers: Peers) -> Offer | None:
     """What it would cost to begin at once, whatever is planned there; None if there is no room or no memory."""
     if not seat.has_room(seat.now, job.n_pictures):
         return None
     plan, seat.plan = seat.plan, None
     try:
         if seat.now.n_taken == 0:
-            return offer_of(seat, job, now_s=now_s, waiting_share=waiting_share)
+            return offer_of(seat, job, now_s=now_s, peers=peers)
         load_s = 0.0 if job.model in seat.now.warm else seat.load_s(job.model)
-        price_s = load_s * waiting_share * seat.speed
-        return _joined(seat, seat.now, job, now_s=now_s, load_s=load_s, price_s=price_s)
+        return _joined(seat, seat.now, job, now_s=now_s, load_s=load_s, peers=peers)
     finally:
         seat.plan = plan
 

@@ -1,10 +1,9 @@
 """Which job goes to which device now: the one that will have finished it first, loads paid for by all who wait.
 
 At every event the first waiting jobs are walked in order, and each is put, on paper, where it costs least:
-`wait + load + draw`, what it takes from the jobs already there, and the price of a load. A load of L seconds on a
-device that is the part s of the fleet's speed keeps s of it from the N jobs that wait: L * N * s seconds for all of
-them together. Only a job whose device has room now is sent; the others are decided anew at the next event (late
-binding). Where the first job of a device must load, later ones whose model is there may go before it a few times.
+`wait + load + draw`, what it takes from the jobs already there, and what it takes from those who wait (`demand.py`).
+Only a job whose device has room now is sent; the others are decided anew at the next event (late binding). Where the
+first job of a device must load, later ones whose model is there may go before it a few times.
 
 >>> from sdfleet.fleet.state import LoadedModel, NodeId
 >>> predictor = Predictor()
@@ -18,11 +17,12 @@ binding). Where the first job of a device must load, later ones whose model is t
 >>> job = WaitingJob(job_id=JobId("j1"), model="sd15", megapixels=0.25, steps=20)
 >>> [sent] = placement.decide([job], n_waiting=1, now_s=0.0)
 >>> print(sent.why.text)
-mini: done in 5.0 s. tower would need 9.2 s (8.6 s of it loading, which would cost those who wait 7.6 s)
+mini: done in 5.0 s. tower would need 9.2 s (8.6 s of it loading)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from sdfleet.domain import JobId
@@ -31,7 +31,7 @@ from sdfleet.fleet.cost import Predictor
 from sdfleet.fleet.decisions import Dispatch, Planned, Why, waiting_text
 from sdfleet.fleet.offers import with_job
 from sdfleet.fleet.state import Device, DeviceId, WaitingJob
-from sdfleet.fleet.walk import WALKED_JOBS, Patience, Walk, best_of, candidates_of
+from sdfleet.fleet.walk import WALKED_JOBS, Patience, Walk, best_of, candidates_of, demand_of
 
 # In a fleet larger than this, most events only weigh what has changed: devices that have just got room and jobs that
 # have just come. Walking 96 jobs over all devices costs milliseconds; that is done every so often.
@@ -81,9 +81,11 @@ class Placement:
         """Where the first waiting jobs would go, and when they would be done; changes nothing."""
         board = self._board
         planned = []
+        first = list(itertools.islice(waiting, WALKED_JOBS))
+        demand = demand_of(board, first, n_waiting=n_waiting)
         try:
-            for job, _ in zip(waiting, range(WALKED_JOBS), strict=False):
-                found = best_of(board, job, n_waiting=n_waiting, now_s=now_s)
+            for job in first:
+                found = best_of(board, job, demand=demand, now_s=now_s)
                 if found is None:
                     planned.append(Planned(job_id=job.job_id, device_id=None, finish_s=None))
                     continue
@@ -95,8 +97,9 @@ class Placement:
             board.clear_plans()
         return tuple(planned)
 
-    def explain(self, job: WaitingJob, *, n_waiting: int, now_s: float) -> Why:
+    def explain(self, job: WaitingJob, waiting: Iterable[WaitingJob], *, n_waiting: int, now_s: float) -> Why:
         """Why a waiting job is not sent yet: every device with its numbers, or why it cannot have it."""
-        candidates = candidates_of(self._board, job, self._board.seats.values(), n_waiting=n_waiting, now_s=now_s)
+        demand = demand_of(self._board, list(itertools.islice(waiting, WALKED_JOBS)), n_waiting=n_waiting)
+        candidates = candidates_of(job, self._board.seats.values(), peers=demand.of(job), now_s=now_s)
         text = waiting_text(candidates, n_waiting=n_waiting)
         return Why(job_id=job.job_id, made_s=now_s, n_waiting=n_waiting, candidates=candidates, chosen=None, text=text)

@@ -24,8 +24,8 @@ DeviceId = NewType("DeviceId", str)
 class WaitingJob:
     """What placement must know of a job.
 
-    megapixels: of one picture, width_px * height_px / 2**20. steps: of one picture. priority, owner, created_s: for
-    the caller, who decides the order; placement takes the jobs in the order in which they are given.
+    megapixels: of one picture, width_px * height_px / 2**20. steps: of one picture. priority: higher is more
+    urgent; the order is the caller's all the same. waited_s: since it was accepted. owner: for the caller.
     work_bytes: what drawing it needs on top of the weights, 0 if not known. not_on: nodes it has failed on.
     """
 
@@ -36,7 +36,7 @@ class WaitingJob:
     n_pictures: int = 1
     priority: int = 0
     owner: OwnerId = LOCAL_OWNER
-    created_s: float = 0.0
+    waited_s: float = 0.0
     work_bytes: int = 0
     not_on: frozenset[NodeId] = frozenset()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sdfleet.domain import JobId
 from sdfleet.fleet.board import Board, Bound, Seat
 from sdfleet.fleet.decisions import Candidate, Dispatch, Why, sent_text
-from sdfleet.fleet.offers import Offer, candidate_of, offer_now, offer_of, with_job
+from sdfleet.fleet.demand import Demand, Peers
+from sdfleet.fleet.offers import Offer, candidate_of, cheapest, offer_now, offer_of, with_job
 from sdfleet.fleet.state import DeviceId, RunningJob, WaitingJob
 
 # So many waiting jobs are walked: as many as a fleet of some dozens can begin within seconds.
@@ -63,6 +65,7 @@ class Walk:
         self._n_waiting = n_waiting
         self._now_s = now_s
         self._is_thorough = is_thorough
+        self._demand = Demand((), n_waiting=0, total_speed=board.total_speed)
         self._walked: list[WaitingJob | None] = []  # None where the job is sent
         self._heads: dict[DeviceId, _Head] = {}
         self._real: dict[DeviceId, Seat] = {}  # devices with what this walk has sent them
@@ -72,9 +75,12 @@ class Walk:
         self._sent: list[Dispatch] = []
 
     def over(self, waiting: Iterable[WaitingJob]) -> tuple[Dispatch, ...]:
-        """What is sent of these jobs. Reads no further than to where no device with room is left."""
+        """What is sent of these jobs. Reads the first, and no further than to where no device with room is left."""
+        rest = iter(waiting)
+        first = list(itertools.islice(rest, WALKED_JOBS))
+        self._demand = demand_of(self._board, first, n_waiting=self._n_waiting)
         try:
-            self._walk(waiting)
+            self._walk(itertools.chain(first, rest))
             for head in self._heads.values():
                 self._send(head.position, head.job, head.seat)
         finally:
@@ -95,7 +101,7 @@ class Walk:
                 if fresh is not None:
                     self._put(job, *fresh)
             else:
-                found = best_of(self._board, job, n_waiting=self._n_waiting, now_s=self._now_s)
+                found = best_of(self._board, job, demand=self._demand, now_s=self._now_s)
                 if found is None:
                     n_homeless += 1
                 else:
@@ -120,23 +126,24 @@ class Walk:
         A job that wants none is not put on paper: among so many devices one job more or less before a busy one hardly
         matters, and the next thorough walk takes it in.
         """
-        share = _waiting_share(self._board, self._n_waiting)
-        best_seat, best = None, None
-        for seat in self._fresh:
-            if seat.device.device_id not in self._closed and seat.takes(job, now_s=self._now_s):
-                offer = offer_of(seat, job, now_s=self._now_s, waiting_share=share)
-                if best is None or offer.cost_s < best.cost_s:
-                    best_seat, best = seat, offer
-        if best_seat is None or best is None:
+        peers = self._demand.of(job)
+        offers = [
+            (seat, offer_of(seat, job, now_s=self._now_s, peers=peers))
+            for seat in self._fresh
+            if seat.device.device_id not in self._closed and seat.takes(job, now_s=self._now_s)
+        ]
+        best = cheapest(offers, waited_s=job.waited_s)
+        if best is None:
             return None
         bound = Bound()
-        bound.cost_s = best.cost_s
+        bound.cost_s = best[1].cost_s
         for seat in self._board.near(job, now_s=self._now_s, bound=bound):
-            if seat is not best_seat:
-                offer = offer_of(seat, job, now_s=self._now_s, waiting_share=share)
-                if offer.cost_s < best.cost_s:
+            if seat is not best[0]:
+                offer = offer_of(seat, job, now_s=self._now_s, peers=peers)
+                if offer.cost_s < best[1].cost_s:
                     return None
-        return best_seat, best
+                offers.append((seat, offer))
+        return best if cheapest(offers, waited_s=job.waited_s) is best else None
 
     def _is_out_of_patience(self, job: WaitingJob) -> bool:
         n_passed = self._patience.passed.get(job.job_id, 0)
@@ -164,12 +171,12 @@ class Walk:
         """Begin wherever it is possible; else keep one device from all later jobs until it has room."""
         patience = self._patience
         position = len(self._walked) - 1
-        share = _waiting_share(self._board, self._n_waiting)
+        peers = self._demand.of(job)
         offers = []
         for near in self._board.near(job, now_s=self._now_s):
             device_id = near.device.device_id
             if device_id not in self._closed and device_id not in self._heads:
-                at_once = offer_now(self._real.get(device_id, near), job, now_s=self._now_s, waiting_share=share)
+                at_once = offer_now(self._real.get(device_id, near), job, now_s=self._now_s, peers=peers)
                 if at_once is not None:
                     offers.append((at_once.cost_s, near.number, near))
         for _, _, near in sorted(offers, key=lambda one: one[:2]):
@@ -186,8 +193,7 @@ class Walk:
         """Whether the device has room and memory for the job now; then it is sent."""
         device_id = seat.device.device_id
         real = self._real.get(device_id, seat)
-        share = _waiting_share(self._board, self._n_waiting)
-        offer = offer_now(real, job, now_s=self._now_s, waiting_share=share)
+        offer = offer_now(real, job, now_s=self._now_s, peers=self._demand.of(job))
         if offer is None:
             return False
         evicts = real.evictions(real.now, job, is_idle=real.now.n_taken == 0)
@@ -238,10 +244,9 @@ class Walk:
         chosen = candidate_of(seat, offer)
         seats = board.seats.values() if len(board) <= MAX_CANDIDATES else board.near(job, now_s=self._now_s)
         others = candidates_of(
-            board,
             job,
             [other for other in seats if other is not seat],
-            n_waiting=self._n_waiting,
+            peers=self._demand.of(job),
             now_s=self._now_s,
         )
         return Why(
@@ -254,36 +259,36 @@ class Walk:
         )
 
 
-def best_of(board: Board, job: WaitingJob, *, n_waiting: int, now_s: float) -> tuple[Seat, Offer] | None:
+def demand_of(board: Board, first: Sequence[WaitingJob], *, n_waiting: int) -> Demand:
+    """What the waiting jobs would lose by a choice; those that no device has a model for lose nothing."""
+    able = [job for job in first if board.has(job.model)]
+    n_able = round(n_waiting * len(able) / len(first)) if first else 0
+    return Demand(able, n_waiting=n_able, total_speed=board.total_speed)
+
+
+def best_of(board: Board, job: WaitingJob, *, demand: Demand, now_s: float) -> tuple[Seat, Offer] | None:
     """Where the job costs least; None if no device can take it."""
-    share = _waiting_share(board, n_waiting)
-    best_seat, best, bound = None, None, Bound()
+    peers, bound = demand.of(job), Bound()
+    offers = []
     for seat in board.near(job, now_s=now_s, bound=bound):
-        offer = offer_of(seat, job, now_s=now_s, waiting_share=share)
-        if best is None or offer.cost_s < best.cost_s:
-            best_seat, best, bound.cost_s = seat, offer, offer.cost_s
-    return None if best_seat is None or best is None else (best_seat, best)
+        offer = offer_of(seat, job, now_s=now_s, peers=peers)
+        bound.cost_s = min(bound.cost_s, offer.cost_s)
+        offers.append((seat, offer))
+    return cheapest(offers, waited_s=job.waited_s)
 
 
-def candidates_of(
-    board: Board, job: WaitingJob, seats: Iterable[Seat], *, n_waiting: int, now_s: float
-) -> tuple[Candidate, ...]:
+def candidates_of(job: WaitingJob, seats: Iterable[Seat], *, peers: Peers, now_s: float) -> tuple[Candidate, ...]:
     """These devices with their numbers, the best first; then those that cannot have the job, with the reason."""
-    share = _waiting_share(board, n_waiting)
-    able, refused = [], []
+    offers, refused = [], []
     for seat in seats:
         device = seat.device
         refusal = seat.refusal(job, now_s=now_s)
         if not refusal:
-            able.append(candidate_of(seat, offer_of(seat, job, now_s=now_s, waiting_share=share)))
+            offers.append((seat, offer_of(seat, job, now_s=now_s, peers=peers)))
         else:
             refused.append(
                 Candidate(device_id=device.device_id, node_id=device.node_id, name=device.name, refused=refusal)
             )
-    able.sort(key=lambda one: one.cost_s)
-    return (*able, *refused)
-
-
-def _waiting_share(board: Board, n_waiting: int) -> float:
-    """The waiting jobs over the fleet's speed: times a device's speed, those that a load there keeps waiting."""
-    return n_waiting / board.total_speed if board.total_speed else 0.0
+    best = cheapest(offers, waited_s=job.waited_s)
+    offers.sort(key=lambda one: (one is not best, one[1].cost_s))
+    return (*(candidate_of(*one) for one in offers), *refused)

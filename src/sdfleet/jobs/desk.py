@@ -334,6 +334,10 @@ class JobDesk:
         """Whether the job has not ended."""
         return job_id in self._board.lives
 
+    def now_s(self) -> float:
+        """The clock of every job's times."""
+        return self._board.clock()
+
     def in_line(self) -> Iterator[Waiting]:
         """What waits, in the order in which it would begin; to be read at once, before anything else happens."""
         return self._board.queue.in_order(self._board.clock())
