@@ -13,7 +13,8 @@ import pytest
 
 from sdfleet.errors import Busy, ModelNotFound, NotReady, SdfleetError, UpstreamFailed, UpstreamRefused
 from sdfleet.fleet.language import FleetLanguage
-from sdfleet.fleet.language_messages import PIECE_BYTES, SILENT_S, WINDOW_BYTES
+from sdfleet.fleet.language_messages import PIECE_BYTES, SILENT_S, WINDOW_BYTES, UnknownDoor, pack_ask, unpack_ask
+from sdfleet.fleet.packing import BrokenMessage
 from sdfleet.language.asking import Answer, Ask, LanguageModel, Sound
 from tests.fleet.fleets import FleetInTest, NodeInTest, RouterInTest, fleet_of
 from tests.fleet.virtual_time import run
@@ -218,6 +219,44 @@ def test_a_node_that_is_silent_before_the_first_token_is_replaced_within_seconds
             assert first.n_stopped == len(first.asked)
 
     run(main())
+
+
+def test_a_node_that_is_too_old_for_a_request_says_so_and_another_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_old = 1
+
+    def unpack(_data: bytes) -> Ask:
+        nonlocal n_old
+        n_old -= 1
+        if n_old >= 0:
+            raise UnknownDoor("a request for '/api/chat'")
+        return CHAT
+
+    monkeypatch.setattr("sdfleet.fleet.speaking.unpack_ask", unpack)
+
+    async def main() -> None:
+        nonlocal n_old
+        async with stage_of(tmp_path, n1=Scripted(), n2=Scripted()) as stage:
+            async with stage.language.ask(CHAT) as answer:
+                assert answer.n_retries == 1
+            n_old = 99
+            with pytest.raises(
+                NotReady, match=r"node n\d does not know a request for '/api/chat': its sdfleet is older"
+            ):
+                async with stage.language.ask(CHAT):
+                    pass
+
+    run(main())
+
+
+def test_a_request_of_another_version_is_told_from_one_that_makes_no_sense() -> None:
+    packed = pack_ask(CHAT)
+    with pytest.raises(UnknownDoor, match="/api/song"):
+        unpack_ask(packed.replace(b"/api/chat", b"/api/song"))
+    with pytest.raises(BrokenMessage, match="wrong kind"):
+        unpack_ask(packed.replace(b'"/api/chat"', b"[1,2,3,4,5]"))
+    assert unpack_ask(packed) == CHAT
 
 
 def test_what_a_model_refuses_is_refused_everywhere(tmp_path: Path) -> None:

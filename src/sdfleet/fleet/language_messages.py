@@ -40,6 +40,10 @@ _LENGTH = struct.Struct(">I")
 _PLAIN = struct.Struct(">BBQ")
 
 
+class UnknownDoor(BrokenMessage):
+    """A request for a route that this version does not have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Talk:
     """A request. n_bytes: of `pack_ask`; data: its beginning, the rest is asked for with `WantRest`."""
@@ -135,15 +139,17 @@ def pack_ask(ask: Ask) -> bytes:
 
 
 def unpack_ask(data: bytes) -> Ask:
-    """The inverse of `pack_ask`. Raises BrokenMessage."""
+    """The inverse of `pack_ask`. Raises UnknownDoor, and BrokenMessage for whatever makes no sense."""
     if len(data) < _LENGTH.size:
         raise BrokenMessage("no request")
     (n_text,) = _LENGTH.unpack_from(data)
     try:
         facts = json.loads(data[_LENGTH.size : _LENGTH.size + n_text])
         door, model, body, sound = facts["door"], facts["model"], facts["body"], facts["sound"]
-        if door not in get_args(Door) or not isinstance(model, str) or not isinstance(body, dict):
-            raise BrokenMessage("a request of a kind that is not known here")
+        if not isinstance(door, str) or not isinstance(model, str) or not isinstance(body, dict):
+            raise BrokenMessage("a request whose parts are of the wrong kind")
+        if door not in get_args(Door):
+            raise UnknownDoor(f"a request for {door[:80]!r}")
         heard = None
         if sound is not None:
             heard = Sound(name=str(sound["name"]), kind=str(sound["kind"]), data=data[_LENGTH.size + n_text :])

@@ -23,6 +23,7 @@ from sdfleet.fleet.language_messages import (
     Hush,
     Said,
     Talk,
+    UnknownDoor,
     WantRest,
     pack_said,
     unpack_ask,
@@ -178,6 +179,9 @@ class Speaker:
                         await one.drained.wait()
         except SdfleetError as exc:
             one.error = exc.to_wire()
+        except UnknownDoor as exc:
+            why = f"node {self._node} does not know {exc}: its sdfleet is older than the router's"
+            one.error = NotReady(why, hint="upgrade it; see docs/fleet.md", retry_after_s=60.0).to_wire()
         except BrokenMessage as exc:
             one.error = NotReady(f"the request did not arrive whole: {exc}", retry_after_s=1.0).to_wire()
         except asyncio.CancelledError:
