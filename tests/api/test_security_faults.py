@@ -123,5 +123,5 @@ def test_prompts_and_keys_are_never_logged_at_info(server: Callable[..., Running
     assert '"job done"' in text
     assert SECRET not in text
     assert key not in text
-    assert key.rpartition("_")[2] not in text
+    assert key.split("_", 2)[2] not in text
     assert "the-master-key" not in text
