@@ -35,6 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test has an id of its own: of those that share one, xdist runs one and says nothing of the others."""
+    known: set[str] = set()
+    for item in items:
+        if not item.nodeid.endswith(item.name):  # schemathesis 4.32 names each route; pytest 9.2 asks it for more
+            item._id = type(item.id).parse(f"{item.nodeid.rpartition('::')[0]}::{item.name}")
+        if item.nodeid in known:
+            raise pytest.UsageError(f"two tests have the id {item.nodeid}")
+        known.add(item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """A command that runs in this process sets up logging for all of it; the next test must not notice."""
