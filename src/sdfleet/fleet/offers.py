@@ -7,7 +7,7 @@ whichever costs least by the curve the node has measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdfleet.fleet.board import Seat, View
@@ -41,12 +41,11 @@ class Offer(NamedTuple):
         return self.wait_s + self.load_s + self.draw_s
 
 
-def cheapest(offers: Iterable[tuple[Seat, Offer]], *, waited_s: float) -> tuple[Seat, Offer] | None:
+def cheapest(offers: Sequence[tuple[Seat, Offer]], *, waited_s: float) -> tuple[Seat, Offer] | None:
     """The best of these, but none that makes the job too slow for the others' sake; None of none.
 
     waited_s: how long the job has waited already.
     """
-    offers = list(offers)
     best = min(offers, key=_cost_s, default=None)
     if best is None or not _begins_warm(best[1]):
         return best
@@ -130,7 +129,7 @@ def with_job(seat: Seat, job: WaitingJob, offer: Offer, *, now_s: float) -> View
     capacity = seat.device.capacity
     _keep_in_memory(seat, view, job, is_idle=view.n_taken == 0 or not offer.joins)
     if capacity == 1:
-        view.all_s = view.open_s = now_s + offer.wait_s + offer.load_s + offer.draw_s
+        view.all_s = view.open_s = now_s + offer.finish_s
         view.n_taken = job.n_pictures
     elif offer.joins:
         shares: list[Share] = [*view.shares_at(now_s), seat.share_of(job, load_s=offer.load_s)]

@@ -1,4 +1,4 @@
-"""Which job goes to which device now: the one that will have finished it first, loads paid for by all who wait.
+"""Which job goes to which device now: the one that will have finished it first, minding those who wait.
 
 At every event the first waiting jobs are walked in order, and each is put, on paper, where it costs least:
 `wait + load + draw`, what it takes from the jobs already there, and what it takes from those who wait (`demand.py`).
@@ -90,8 +90,7 @@ class Placement:
                     planned.append(Planned(job_id=job.job_id, device_id=None, finish_s=None))
                     continue
                 seat, offer = found
-                finish_s = offer.wait_s + offer.load_s + offer.draw_s
-                planned.append(Planned(job_id=job.job_id, device_id=seat.device.device_id, finish_s=finish_s))
+                planned.append(Planned(job_id=job.job_id, device_id=seat.device.device_id, finish_s=offer.finish_s))
                 board.set_plan(seat, with_job(seat, job, offer, now_s=now_s))
         finally:
             board.clear_plans()
